@@ -1,0 +1,272 @@
+"""The model card: a README.md in which every section is filled from what the run knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from bertner import __version__
+from bertner.config import TrainConfig
+from bertner.corpus import Corpus
+from bertner.loop import Evaluation, TrainResult
+from bertner.metrics import EntityScores
+from bertner.report import TABLE_COLUMNS
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a card is made of.
+
+    Attributes:
+        config: The recipe.
+        base_model: As the user named it.
+        base_commit: Its commit on the Hub, if it came from there.
+        corpora: `train`, and `validation` and `test` where there are any.
+        num_train_tokens: Tokens in one epoch, special tokens included.
+        label_names: In order of their ids.
+        num_parameters: Of the whole model.
+        shape: Layers, hidden size and heads, in words.
+        max_length: Longest row in tokens.
+        lowercase: Whether the tokenizer lower-cases.
+        result: What training did.
+        rows: The table of the run.
+        evaluations: By split: the kept model's scores.
+        kept_step: Step of the kept weights.
+        versions: Library versions by name.
+        device: What it ran on.
+    """
+
+    config: TrainConfig
+    base_model: str
+    base_commit: str | None
+    corpora: Mapping[str, Corpus]
+    num_train_tokens: int
+    label_names: Sequence[str]
+    num_parameters: int
+    shape: str
+    max_length: int
+    lowercase: bool
+    result: TrainResult
+    rows: Sequence[Sequence[str]]
+    evaluations: Mapping[str, Evaluation]
+    kept_step: int
+    versions: Mapping[str, str]
+    device: str
+
+
+def model_card(facts: RunFacts) -> str:
+    """The card as Markdown, with the Hub's YAML in front."""
+    name = Path(facts.config.output_dir).resolve().name
+    sections = [
+        f"---\n{_metadata(facts, name).to_yaml()}\n---",
+        f"# {name}",
+        _summary(facts),
+        "## Use\n\n" + _use(name),
+        "## Scores\n\n" + _scores(facts),
+        "## Training data\n\n" + _data(facts),
+        "## Training procedure\n\n" + _procedure(facts),
+        "## Intended use and limits\n\n" + _limits(facts),
+        "## Versions\n\n" + "\n".join(f"- {k} {v}" for k, v in facts.versions.items()),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def data_name(facts_or_source: str) -> str:
+    """A data source as a card shows it: Hub datasets in full, files without their folders."""
+    package = Path(__file__).parent
+    path = Path(facts_or_source)
+    if path.is_relative_to(package):
+        return str(Path("bertner") / path.relative_to(package))
+    return path.name if path.is_absolute() or path.exists() else facts_or_source
+
+
+def _metadata(facts: RunFacts, name: str) -> ModelCardData:
+    dataset = data_name(facts.config.train_source)
+    is_hub_dataset = facts.config.train_file is None
+    results = []
+    for split, evaluation in facts.evaluations.items():
+        for level, scores in (("word", evaluation.word), ("subword", evaluation.subword)):
+            values = {
+                "precision": scores.overall.precision,
+                "recall": scores.overall.recall,
+                "f1": scores.overall.f1,
+                "accuracy": scores.accuracy,
+            }
+            results += [
+                EvalResult(
+                    task_type="token-classification",
+                    task_name="Token Classification",
+                    dataset_type=dataset if is_hub_dataset else "custom",
+                    dataset_name=f"{dataset}, {level} level",
+                    dataset_split=split,
+                    metric_type=metric,
+                    metric_name=f"{metric} ({level} level)",
+                    metric_value=round(value, 6),
+                )
+                for metric, value in values.items()
+            ]
+    is_hub_model = facts.base_commit is not None
+    return ModelCardData(
+        language=None,
+        library_name="transformers",
+        pipeline_tag="token-classification",
+        tags=["bertner", "named-entity-recognition", "token-classification", "bert"],
+        base_model=facts.base_model if is_hub_model else None,
+        datasets=[dataset] if is_hub_dataset else None,
+        model_name=name,
+        eval_results=results or None,
+    )
+
+
+def _summary(facts: RunFacts) -> str:
+    types = sorted({label[2:] for label in facts.label_names if label != "O"})
+    commit = f" (commit `{facts.base_commit}`)" if facts.base_commit else ""
+    return (
+        f"A token classifier that finds {', '.join(types)} entities in text: "
+        f"`{facts.base_model}`{commit} fine-tuned on `{data_name(facts.config.train_source)}` "
+        f"with [bertner](https://pypi.org/project/bertner/) {__version__}. BERT encoder of "
+        f"{facts.shape}, {facts.num_parameters:,} parameters, "
+        f"{'uncased' if facts.lowercase else 'cased'}, rows of up to {facts.max_length} tokens."
+    )
+
+
+def _use(name: str) -> str:
+    return f"""With bertner (texts of any length; offsets are into your text):
+
+```python
+from bertner.predict import Tagger
+
+tagger = Tagger.from_pretrained("{name}")
+for entity in tagger(["Angela Merkel visited Paris ."])[0]:
+    print(entity.start, entity.end, entity.label, entity.text, entity.score)
+```
+
+With `transformers`:
+
+```python
+from transformers import pipeline
+
+tagger = pipeline("token-classification", model="{name}", aggregation_strategy="first")
+print(tagger("Angela Merkel visited Paris ."))
+```"""
+
+
+def _scores(facts: RunFacts) -> str:
+    if not facts.evaluations:
+        return "Not evaluated: the run had no validation or test data."
+    parts = [
+        "An entity counts as found if its first and last word and its type are right (the rule of "
+        "CoNLL-2003's `conlleval`). **Word level** decides each word by its first wordpiece and is "
+        "what papers report. **Subword level** counts over labelled wordpieces, as cards made by "
+        "the Hugging Face Trainer do; the two cannot be compared."
+    ]
+    for split, evaluation in facts.evaluations.items():
+        parts.append(
+            f"### {split.capitalize()}\n\n"
+            f"Loss {evaluation.loss:.4f} (mean over labelled tokens; "
+            f"{evaluation.loss_batch_mean:.4f} as the Trainer averages it).\n\n"
+            + _score_table(evaluation.word, "Word level")
+            + "\n\n"
+            + _score_table(evaluation.subword, "Subword level")
+        )
+    return "\n\n".join(parts)
+
+
+def _score_table(scores: EntityScores, title: str) -> str:
+    rows = [
+        [n, f"{s.precision:.4f}", f"{s.recall:.4f}", f"{s.f1:.4f}", str(s.num_gold)]
+        for n, s in [*scores.per_type.items(), ("**all**", scores.overall)]
+    ]
+    table = _table([title, "Precision", "Recall", "F1", "Entities"], rows)
+    return f"{table}\n\nAccuracy over {scores.num_labels:,} labels: {scores.accuracy:.4f}."
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _data(facts: RunFacts) -> str:
+    rows = []
+    for split, corpus in facts.corpora.items():
+        counts = corpus.entity_counts()
+        rows.append(
+            [
+                split,
+                f"`{data_name(corpus.source)}`",
+                f"{corpus.num_documents:,}",
+                f"{corpus.num_sentences:,}",
+                f"{corpus.num_words:,}",
+                f"{sum(counts.values()):,} ({', '.join(f'{k} {v:,}' for k, v in counts.items())})",
+                corpus.scheme,
+                f"`{corpus.sha256[:16]}`",
+            ]
+        )
+    header = ["Split", "Source", "Documents", "Sentences", "Words", "Entities", "Tags", "SHA-256"]
+    return (
+        _table(header, rows)
+        + "\n\nThe hash begins the SHA-256 of the file, or of the words and tags of a dataset; "
+        f"`run.json` has it whole. One pass over the training data is {facts.num_train_tokens:,} "
+        "tokens, special tokens included. Labels, in order: "
+        + ", ".join(f"`{label}`" for label in facts.label_names)
+        + "."
+    )
+
+
+def _procedure(facts: RunFacts) -> str:
+    config, result = facts.config, facts.result
+    warmup = config.resolved_warmup_steps(result.step)
+    labelling = (
+        "every wordpiece of a word (`B-X` goes on as `I-X`)"
+        if config.label_all_tokens
+        else "the first wordpiece of a word"
+    )
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    clipping = f"{config.max_grad_norm:g}" if config.max_grad_norm else "off"
+    kept = "best" if config.load_best_model_at_end else "last"
+    lines = [
+        f"- learning_rate: {config.learning_rate:g}, linear decay to zero, {warmup} warmup steps",
+        f"- train_batch_size: {config.per_device_train_batch_size} sentences x "
+        f"{config.gradient_accumulation_steps} micro-batches = {batch}",
+        f"- eval_batch_size: {config.per_device_eval_batch_size}",
+        f"- optimizer: AdamW, betas ({config.adam_beta1:g}, {config.adam_beta2:g}), "
+        f"epsilon {config.adam_epsilon:g}",
+        f"- weight_decay: {config.weight_decay:g}, none for biases and LayerNorm",
+        f"- max_grad_norm: {clipping}",
+        f"- labelled: {labelling}",
+        f"- epochs: {result.epoch:g}, steps: {result.step}",
+        f"- seed: {config.seed}",
+        f"- dtype: {config.dtype}, attention: {config.attn_implementation}",
+        f"- kept weights: the {kept}, of step {facts.kept_step}",
+        f"- hardware: {facts.device}",
+        f"- time: {result.runtime:.0f} s in all, {result.steps_per_second:.2f} steps/s, "
+        f"{result.tokens_per_second:,.0f} tokens/s without padding",
+        f"- mean training loss: {result.loss:.4f}",
+    ]
+    table = _table(TABLE_COLUMNS, facts.rows) if facts.rows else "Not evaluated during training."
+    return (
+        "\n".join(lines)
+        + "\n\n"
+        + table
+        + "\n\nTraining loss is the mean of the last finished logging window; precision, recall, "
+        "F1 and accuracy are at subword level, Word F1 at word level."
+    )
+
+
+def _limits(facts: RunFacts) -> str:
+    case = (
+        "It does not see capital letters: `us` and `US` are the same to it."
+        if facts.lowercase
+        else "It relies on capital letters: text in all capitals or all small letters scores lower."
+    )
+    return (
+        "For text like the training data, in its language and its conventions of annotation; on "
+        "other text expect lower scores, and measure them (`bertner-eval`). Entities do not nest "
+        f"or overlap. {case} Each sentence is read alone; one longer than {facts.max_length} "
+        "tokens is read in parts. The data's errors and biases, such as which names it knows, are "
+        "the model's. Scores are of one run with one seed; expect other seeds to differ by some "
+        "tenths of a point, more on small data."
+    )

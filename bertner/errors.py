@@ -1,0 +1,62 @@
+"""The errors that a user can cause, each with the exit code that the commands end with.
+
+Every message is one or two lines: it names the file and the line where it can, and the fix.
+"""
+
+from __future__ import annotations
+
+
+class BertnerError(Exception):
+    """Base of all errors that a command reports without a traceback.
+
+    Attributes:
+        exit_code: What the process ends with (see the README's table).
+    """
+
+    exit_code = 1
+
+
+class UsageError(BertnerError, ValueError):
+    """A flag or setting has a value that makes no sense, alone or beside another one."""
+
+    exit_code = 2
+
+
+class DataError(BertnerError, ValueError):
+    """A data file, or a value in it, cannot be used.
+
+    Args:
+        message: What is wrong, and the fix.
+        path: The file, dataset or folder.
+        line: Line (text files) or record (parquet, Hub datasets), counted from 1.
+    """
+
+    exit_code = 65
+
+    def __init__(self, message: str, path: object = None, line: int | None = None) -> None:
+        where = "" if path is None else f"{path}: " if line is None else f"{path}:{line}: "
+        super().__init__(where + message)
+        self.path = path
+        self.line = line
+
+
+class ModelError(DataError):
+    """A model or tokenizer folder cannot be loaded, or is unsafe to load."""
+
+
+class NotFiniteError(BertnerError, ArithmeticError):
+    """The loss or the norm of the gradient became infinite or not a number."""
+
+    exit_code = 70
+
+
+class OutputDirectoryError(BertnerError):
+    """The output directory already holds another run."""
+
+    exit_code = 73
+
+
+class StorageError(BertnerError, OSError):
+    """A disk or the network failed: nothing is wrong with what the user wrote."""
+
+    exit_code = 74

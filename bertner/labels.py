@@ -1,0 +1,205 @@
+"""Tags and what they mean: schemes, spans, label lists.
+
+A tag is a string such as `B-PER`: a prefix and an entity type. Everything here works on flat
+integer arrays, one element per word, with `starts` saying where each sentence begins, so that a
+corpus of millions of words costs a few array operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE_INDEX = -100  # a token that is not scored and carries no loss
+
+# Prefix codes. L and U are the BILOU spelling of E and S.
+O, B, I, E, S = range(5)  # noqa: E741 - the field's own letters
+_PREFIXES = {"B": B, "I": I, "E": E, "L": E, "S": S, "U": S}
+
+CONLL_TYPES = ("PER", "ORG", "LOC", "MISC")  # in the order of the CoNLL-2003 label list
+
+IntArray = NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Entities: span `k` is the words `start[k]` to `end[k]` (exclusive), of type `type[k]`.
+
+    Attributes:
+        start: (num_spans,) index of the first word, ascending.
+        end: (num_spans,) index after the last word.
+        type: (num_spans,) entity type.
+    """
+
+    start: IntArray
+    end: IntArray
+    type: IntArray
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """A list of label names with the arrays that interpret them.
+
+    Attributes:
+        names: Label names in order of their ids, such as `["O", "B-PER", "I-PER"]`.
+    """
+
+    names: tuple[str, ...]
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Label id of each name."""
+        return {name: label for label, name in enumerate(self.names)}
+
+    @cached_property
+    def outside(self) -> int:
+        """Label id of `O`."""
+        return self.index["O"]
+
+    @cached_property
+    def types(self) -> tuple[str, ...]:
+        """Entity types in order of first appearance."""
+        return tuple(dict.fromkeys(t for _, t in map(split_tag, self.names) if t is not None))
+
+    @cached_property
+    def prefix_of(self) -> IntArray:
+        """(num_labels,) prefix code of each label."""
+        return np.array([split_tag(name)[0] for name in self.names], dtype=np.int8)
+
+    @cached_property
+    def type_of(self) -> IntArray:
+        """(num_labels,) index into `types` of each label; -1 for O."""
+        number = {t: k for k, t in enumerate(self.types)}
+        kinds = [split_tag(name)[1] for name in self.names]
+        return np.array([-1 if t is None else number[t] for t in kinds], dtype=np.int16)
+
+    @cached_property
+    def continuation(self) -> IntArray:
+        """(num_labels,) label of a word's later pieces: `B-X` becomes `I-X`, the rest stay."""
+        return np.array(
+            [
+                self.index.get("I" + name[1:], label) if self.prefix_of[label] == B else label
+                for label, name in enumerate(self.names)
+            ],
+            dtype=np.int16,
+        )
+
+    def spans(self, labels: IntArray, starts: IntArray) -> Spans:
+        """Entities in flat `labels` (num_words,); sentences begin at `starts`."""
+        return find_spans(self.prefix_of[labels], self.type_of[labels], starts)
+
+
+def split_tag(tag: str) -> tuple[int, str | None]:
+    """Prefix code and type of a tag; `O` has no type.
+
+    Raises:
+        ValueError: The tag is neither `O` nor a prefix, a hyphen and a type.
+    """
+    if tag == "O":
+        return O, None
+    prefix, hyphen, kind = tag.partition("-")
+    if not hyphen or not kind or prefix not in _PREFIXES:
+        raise ValueError(f"tag {tag!r} has no B-, I-, E- or S- in front of its type")
+    return _PREFIXES[prefix], kind
+
+
+def find_spans(prefixes: IntArray, types: IntArray, starts: IntArray) -> Spans:
+    """Finds entities as `conlleval` does, whatever the scheme and however broken the sequence.
+
+    An entity begins at B or S; at I or E after O, E, S, the start of a sentence or another type. It
+    ends where the next word begins one or is O, or after E or S. This is the rule of the CoNLL-2003
+    evaluation script and of seqeval's default mode.
+
+    Args:
+        prefixes: (num_words,) prefix codes.
+        types: (num_words,) entity types, -1 for O.
+        starts: Indices at which sentences begin, ascending.
+    """
+    if len(prefixes) == 0:
+        empty = np.zeros(0, dtype=np.int64)
+        return Spans(empty, empty, empty)
+    before = np.empty_like(prefixes)
+    before[0], before[1:] = O, prefixes[:-1]
+    before[starts[starts < len(prefixes)]] = O
+    type_before = np.empty_like(types)
+    type_before[0], type_before[1:] = -1, types[:-1]
+    type_before[before == O] = -1
+
+    inside = prefixes != O
+    begins = (prefixes == B) | (prefixes == S)
+    begins |= ((prefixes == I) | (prefixes == E)) & ((before == O) | (before == E) | (before == S))
+    begins |= inside & (types != type_before)
+    # A word inside an entity that begins none belongs to the one before it, so an entity runs from
+    # its beginning to the next beginning, O, or end of sentence.
+    first = np.flatnonzero(begins)
+    stops = begins | ~inside
+    stops[starts[starts < len(prefixes)]] = True
+    stop_at = np.append(np.flatnonzero(stops), len(prefixes))
+    last = stop_at[np.searchsorted(stop_at, first, side="right")]
+    return Spans(first, last, types[first].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What `detect_scheme` found.
+
+    Attributes:
+        name: "IOB1", "IOB2" or "BIOES".
+        irregular: Indices of words whose tag the scheme does not allow where it stands.
+    """
+
+    name: str
+    irregular: IntArray
+
+
+def detect_scheme(prefixes: IntArray, types: IntArray, starts: IntArray) -> Scheme:
+    """Tells IOB1, IOB2 and BIOES apart by where their prefixes stand.
+
+    BIOES is known by its E and S. In IOB1 an entity begins with I, and with B only right after one
+    of the same type; in IOB2 it always begins with B. The one with fewer exceptions wins, IOB2 if
+    they are equal.
+    """
+    before = np.concatenate([[O], prefixes[:-1]])
+    type_before = np.concatenate([[-1], types[:-1]])
+    before[starts[starts < len(prefixes)]] = O
+    same = (before != O) & (type_before == types)
+    if np.any(prefixes >= E):
+        open_before = same & ((before == B) | (before == I))
+        after = np.concatenate([prefixes[1:], [O]])
+        after[starts[starts > 0] - 1] = O
+        same_after = np.concatenate([types[1:] == types[:-1], [False]])
+        goes_on = ((after == I) | (after == E)) & same_after
+        wrong = ((prefixes == I) | (prefixes == E)) & ~open_before
+        wrong |= ((prefixes == B) | (prefixes == I)) & ~goes_on
+        return Scheme("BIOES", np.flatnonzero(wrong))
+    wrong_in_iob2 = (prefixes == I) & ~same
+    wrong_in_iob1 = (prefixes == B) & ~same
+    if np.count_nonzero(wrong_in_iob1) < np.count_nonzero(wrong_in_iob2):
+        return Scheme("IOB1", np.flatnonzero(wrong_in_iob1))
+    return Scheme("IOB2", np.flatnonzero(wrong_in_iob2))
+
+
+def to_iob2(prefixes: IntArray, types: IntArray, starts: IntArray) -> IntArray:
+    """(num_words,) prefix codes of the same entities in IOB2."""
+    spans = find_spans(prefixes, types, starts)
+    converted = np.where(prefixes == O, O, I).astype(np.int8)
+    converted[spans.start] = B
+    return converted
+
+
+def label_list(types: Iterable[str]) -> list[str]:
+    """`O`, then `B-` and `I-` of each type: in CoNLL-2003's own order, or else by alphabet.
+
+    CoNLL-2003's order is used when its four types are all there is, so that labels get the very ids
+    that the Hub's dataset gives them.
+    """
+    unique = set(types)
+    order: Sequence[str] = CONLL_TYPES if unique == set(CONLL_TYPES) else sorted(unique)
+    return ["O", *(f"{prefix}-{kind}" for kind in order for prefix in "BI")]

@@ -1,0 +1,435 @@
+"""The training loop and evaluation, in the open.
+
+A step is: zero the gradients, run each micro-batch forward and backward, clip, set the rate, step.
+What a step does is a pure function of the seed and the step's number: the order of the data
+(`data.epoch_order`), the dropout (`dropout_seed`) and the rate (`learning_rate_at`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bertner.config import TrainConfig
+from bertner.data import TokenDataset, batches_by_length, collate, step_batches
+from bertner.errors import NotFiniteError, UsageError
+from bertner.labels import IGNORE_INDEX, IntArray
+from bertner.metrics import EntityScores, score_entities
+from bertner.model import BertForNER
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step that is done.
+
+    Attributes:
+        step: Steps done, this one included.
+        total_steps: Steps of the whole run.
+        epoch: Passes over the data done, a fraction.
+        loss: Mean over the labelled tokens of the step.
+        grad_norm: Norm of the gradient before clipping.
+        learning_rate: Rate that the step used.
+        num_tokens: Real tokens that the step read, special tokens included.
+    """
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a model on a dataset.
+
+    Attributes:
+        loss: Mean over the labelled tokens.
+        loss_batch_mean: The Trainer's `eval_loss`: the mean over batches of their means, weighted
+            by rows, which depends on the batch size.
+        subword: Scores on the wordpieces that carry a label, as in Trainer-made model cards.
+        word: Scores on words, each decided by its first wordpiece, as in CoNLL-2003.
+        word_predictions: (num_words,) predicted label of every word.
+        runtime: Seconds.
+        num_rows: Rows read.
+    """
+
+    loss: float
+    loss_batch_mean: float
+    subword: EntityScores
+    word: EntityScores
+    word_predictions: IntArray
+    runtime: float
+    num_rows: int
+
+    def metrics(self) -> dict[str, float]:
+        """The scores by name, without a prefix; names without a level are at subword level."""
+        return {
+            "loss": self.loss,
+            "loss_batch_mean": self.loss_batch_mean,
+            "precision": self.subword.overall.precision,
+            "recall": self.subword.overall.recall,
+            "f1": self.subword.overall.f1,
+            "accuracy": self.subword.accuracy,
+            "word_precision": self.word.overall.precision,
+            "word_recall": self.word.overall.recall,
+            "word_f1": self.word.overall.f1,
+            "word_accuracy": self.word.accuracy,
+            "runtime": self.runtime,
+            "samples_per_second": self.num_rows / self.runtime,
+        }
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` did.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Passes over the data done.
+        loss: Mean of the steps' losses.
+        runtime: Seconds, evaluation and saving included.
+        steps_per_second: Over the time in steps alone.
+        tokens_per_second: Real tokens, over the time in steps alone.
+        evaluation: The last one, if there was any.
+        best_step: Step of the best evaluation by `metric_for_best_model`.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    runtime: float
+    steps_per_second: float
+    tokens_per_second: float
+    evaluation: Evaluation | None
+    best_step: int | None
+
+
+class Watcher(Protocol):
+    """What may look at a run; nothing that it does changes what is trained."""
+
+    def stepped(self, report: StepReport) -> None:
+        """A step is done."""
+
+    def evaluating(self, num_rows: int) -> Callable[[int], None]:
+        """An evaluation begins; the returned function is told of every batch's rows."""
+
+    def evaluated(self, report: StepReport, evaluation: Evaluation, is_best: bool) -> None:
+        """An evaluation is done."""
+
+
+# Saves the model after a step; `best_step` is the checkpoint to keep in any case.
+Save = Callable[[StepReport, "int | None"], None]
+
+
+def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Rate of a step (from 0): linear warmup to `peak`, then linear decay to zero."""
+    if step < warmup_steps:
+        return peak * (step / max(1, warmup_steps))
+    return peak * max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed of the dropout of one micro-batch: the same however the run got there."""
+    state = np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)
+    return int(state[0] >> 1)  # torch takes 63 bits on every device
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019); biases and LayerNorm do not decay, as in BERT."""
+    norms = {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (no_decay if name in norms or name.endswith("bias") else decay).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": decay, "weight_decay": config.weight_decay},
+            {"params": no_decay, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def token_loss(logits: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
+    """Cross-entropy over the labelled tokens, in float32.
+
+    Args:
+        logits: (B, T, C).
+        labels: (B, T), IGNORE_INDEX where a token has none.
+        reduction: "sum" for a scalar; "none" for (B, T), zero where there is no label.
+    """
+    # Flattened: the 2-d kernel of the loss has no deterministic form on CUDA.
+    loss = F.cross_entropy(
+        logits.float().flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction=reduction,
+    )
+    return loss.view_as(labels) if reduction == "none" else loss
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """Arithmetic in `dtype`; weights and optimizer state stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def train(
+    model: BertForNER,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    *,
+    evaluation: TokenDataset | None = None,
+    watcher: Watcher | None = None,
+    save: Save | None = None,
+) -> TrainResult:
+    """Fine-tunes a model in place.
+
+    Seeds PyTorch's global generator before every micro-batch (see `dropout_seed`).
+
+    Args:
+        model: On the device to train on.
+        dataset: Training rows.
+        config: Recipe; files, folders and names in it are not used here.
+        evaluation: Rows to score, as often as `config.eval_strategy` says.
+        watcher: Is told of steps and evaluations.
+        save: Is called as often as `config.save_strategy` says.
+
+    Raises:
+        NotFiniteError: Loss or gradient norm is infinite or NaN; the step that it came up in is not
+            taken.
+    """
+    device = model.device
+    parameters = list(model.parameters())
+    optimizer = build_optimizer(model, config)
+    total_steps = config.total_steps(len(dataset))
+    warmup_steps = config.resolved_warmup_steps(total_steps)
+    steps_per_epoch = config.steps_per_epoch(len(dataset))
+    progress = _Progress(config, evaluation, watcher, save)
+    model.train()
+
+    for epoch in itertools.count():
+        batches = step_batches(
+            len(dataset),
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+            config.seed,
+            epoch,
+        )
+        for step, micro_batches in enumerate(batches, epoch * steps_per_epoch):
+            optimizer.zero_grad()
+            num_labelled = sum(int(dataset.row_num_labelled[rows].sum()) for rows in micro_batches)
+            loss = torch.zeros((), device=device)
+            for k, rows in enumerate(micro_batches):
+                batch = collate(dataset, rows, device)
+                torch.manual_seed(dropout_seed(config.seed, step, k))
+                with autocast(device, config.dtype):
+                    logits = model(batch.input_ids, batch.attention_mask).logits  # (B, T, C)
+                share = token_loss(logits, batch.labels) / max(num_labelled, 1)
+                share.backward()  # type: ignore[no-untyped-call]
+                loss += share.detach()
+            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            # The one place where a step waits for the device: weights must not take a bad step.
+            if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
+                raise _not_finite(step, loss, grad_norm, dataset, micro_batches)
+            if config.max_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+            rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+            # What follows only watches: it changes no weight.
+            report = StepReport(
+                step=step + 1,
+                total_steps=total_steps,
+                epoch=(step + 1) / steps_per_epoch,
+                loss=loss.item(),
+                grad_norm=grad_norm.item(),
+                learning_rate=rate,
+                num_tokens=sum(int(dataset.row_lengths[rows].sum()) for rows in micro_batches),
+            )
+            progress.after_step(model, report, epoch_done=(step + 1) % steps_per_epoch == 0)
+            if step + 1 == total_steps:
+                model.eval()
+                return progress.result(report)
+    raise AssertionError("unreachable: total_steps is at least 1")
+
+
+def _not_finite(
+    step: int,
+    loss: Tensor,
+    grad_norm: Tensor,
+    dataset: TokenDataset,
+    micro_batches: list[IntArray],
+) -> NotFiniteError:
+    sentences = dataset.row_sentences[np.concatenate(micro_batches)]
+    lines = ", ".join(str(line) for line in dataset.sentence_lines[sentences])
+    return NotFiniteError(
+        f"step {step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()}, with the "
+        f"sentences at {dataset.source}, lines {lines}\n"
+        "The step was not taken and no model was written; try a lower learning_rate, more "
+        "warmup_steps, or float32, and look at those sentences."
+    )
+
+
+class _Progress:
+    """Counts, evaluates and saves after steps; keeps all of that out of the loop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        evaluation: TokenDataset | None,
+        watcher: Watcher | None,
+        save: Save | None,
+    ) -> None:
+        if config.load_best_model_at_end and evaluation is None:
+            raise UsageError("load_best_model_at_end needs validation data to tell the best by")
+        self.config = config
+        self.dataset = evaluation
+        self.watcher = watcher
+        self.save = save
+        self.losses = 0.0
+        self.tokens = 0
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self.last: Evaluation | None = None
+        self.start = time.perf_counter()
+        self.seconds_watching = 0.0
+
+    def after_step(self, model: BertForNER, report: StepReport, epoch_done: bool) -> None:
+        self.losses += report.loss
+        self.tokens += report.num_tokens
+        began = time.perf_counter()
+        if self.watcher is not None:
+            self.watcher.stepped(report)
+        config = self.config
+        if self._due(config.eval_strategy, config.eval_steps, report, epoch_done):
+            self._evaluate(model, report)
+        if self.save is not None and self._due(
+            config.save_strategy, config.save_steps, report, epoch_done
+        ):
+            self.save(report, self.best_step)
+        self.seconds_watching += time.perf_counter() - began
+
+    @staticmethod
+    def _due(strategy: str, every: int, report: StepReport, epoch_done: bool) -> bool:
+        """Whether it is time; the end of a run always is, unless the strategy is "no"."""
+        if strategy == "no":
+            return False
+        if report.step == report.total_steps:
+            return True
+        return epoch_done if strategy == "epoch" else report.step % every == 0
+
+    def _evaluate(self, model: BertForNER, report: StepReport) -> None:
+        if self.dataset is None:
+            return
+        self.last = evaluate(
+            model,
+            self.dataset,
+            self.config.per_device_eval_batch_size,
+            dtype=self.config.dtype,
+            on_batch=self.watcher.evaluating(len(self.dataset)) if self.watcher else None,
+        )
+        name = self.config.metric_for_best_model.removeprefix("eval_")
+        value = self.last.metrics()[name]
+        better = -value if name == "loss" else value
+        is_best = self.best is None or better > self.best
+        if is_best:
+            self.best, self.best_step = better, report.step
+        if self.watcher is not None:
+            self.watcher.evaluated(report, self.last, is_best)
+
+    def result(self, report: StepReport) -> TrainResult:
+        runtime = time.perf_counter() - self.start
+        stepping = max(runtime - self.seconds_watching, 1e-9)
+        return TrainResult(
+            step=report.step,
+            epoch=report.epoch,
+            loss=self.losses / report.step,
+            runtime=runtime,
+            steps_per_second=report.step / stepping,
+            tokens_per_second=self.tokens / stepping,
+            evaluation=self.last,
+            best_step=self.best_step,
+        )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: BertForNER,
+    dataset: TokenDataset,
+    batch_size: int = 8,
+    *,
+    dtype: str = "float32",
+    on_batch: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Scores a model; what is kept of each batch is one label a token, never its logits.
+
+    Args:
+        model: Its mode (training or evaluation) is left as it was.
+        dataset: Labelled rows.
+        batch_size: Rows in a batch; only `loss_batch_mean` depends on it.
+        dtype: "float32" or "bfloat16" arithmetic.
+        on_batch: Is told the number of rows of each batch done.
+    """
+    start = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    predicted = np.zeros(len(dataset.input_ids), dtype=np.int16)
+    row_losses = np.zeros(len(dataset))
+    for rows, batch in batches_by_length(dataset, batch_size, model.device):
+        with autocast(model.device, dtype):
+            logits = model(batch.input_ids, batch.attention_mask).logits  # (B, T, C)
+        is_token = batch.attention_mask.bool()
+        predicted[batch.token_index] = logits.argmax(-1)[is_token].cpu().numpy()
+        losses = token_loss(logits, batch.labels, "none")  # (B, T)
+        row_losses[rows] = losses.sum(1, dtype=torch.float64).cpu()
+        if on_batch is not None:
+            on_batch(len(rows))
+    model.train(was_training)
+
+    scored = dataset.labels != IGNORE_INDEX
+    label_set = dataset.label_set
+    word_predictions = dataset.decide_words(predicted, label_set.outside)
+    return Evaluation(
+        loss=float(row_losses.sum() / max(dataset.row_num_labelled.sum(), 1)),
+        loss_batch_mean=_mean_of_batch_means(row_losses, dataset.row_num_labelled, batch_size),
+        subword=score_entities(
+            predicted[scored], dataset.labels[scored], dataset.labelled_row_starts, label_set
+        ),
+        word=score_entities(
+            word_predictions, dataset.word_labels, dataset.sentence_starts[:-1], label_set
+        ),
+        word_predictions=word_predictions,
+        runtime=time.perf_counter() - start,
+        num_rows=len(dataset),
+    )
+
+
+def _mean_of_batch_means(
+    row_losses: np.ndarray[Any, Any], row_counts: IntArray, batch_size: int
+) -> float:
+    starts = np.arange(0, len(row_losses), batch_size)
+    means = np.add.reduceat(row_losses, starts) / np.maximum(np.add.reduceat(row_counts, starts), 1)
+    return float(np.average(means, weights=np.diff(np.append(starts, len(row_losses)))))

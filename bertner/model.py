@@ -1,0 +1,375 @@
+"""BERT with a token-classification head, written out.
+
+The module tree spells the state-dict keys of `transformers`, so that weights go back and forth with
+no converter. The computation follows Devlin et al. (2019) as the original code has it: embeddings
+add word and token type, then position; LayerNorm comes after each residual; GELU is exact.
+
+Shape legend: B batch, T padded length, D hidden size, N heads, H head size, C labels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bertner.attention import ATTENTION, attention_mask_for
+from bertner.checkpoint import Weights, check_weights, read_json, save_model
+from bertner.config import BertConfig
+from bertner.errors import UsageError
+from bertner.hub import find_model
+from bertner.labels import IGNORE_INDEX
+
+logger = logging.getLogger("bertner")
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3.0))))
+
+
+def _gelu_fast(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def _laplace(x: Tensor) -> Tensor:
+    return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
+
+
+# Every name of config.ACTIVATIONS; prelu alone has a weight of its own and is a module.
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_10": lambda x: F.gelu(x).clamp(-10.0, 10.0),
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_fast,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "laplace": _laplace,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class BertEmbeddings(nn.Module):
+    """Word, token-type and position embeddings, added and normed."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """(B, T) ids to (B, T, D); no `token_type_ids` means all zero."""
+        length = input_ids.shape[1]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        positions = torch.arange(length, device=input_ids.device)[None]  # (1, T)
+        hidden_states = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        hidden_states = hidden_states + self.position_embeddings(positions)
+        return cast(Tensor, self.dropout(self.LayerNorm(hidden_states)))
+
+
+class BertSelfAttention(nn.Module):
+    """Multi-head self-attention, without its output projection."""
+
+    def __init__(self, config: BertConfig, attention: str) -> None:
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+        self.attention = ATTENTION[attention]
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        batch, length, _ = hidden_states.shape
+
+        def split_heads(x: Tensor) -> Tensor:
+            return x.view(batch, length, self.num_attention_heads, -1).transpose(1, 2)
+
+        query = split_heads(self.query(hidden_states))  # (B, N, T, H)
+        key = split_heads(self.key(hidden_states))  # (B, N, T, H)
+        value = split_heads(self.value(hidden_states))  # (B, N, T, H)
+        dropout = self.dropout_prob if self.training else 0.0
+        context = self.attention(query, key, value, mask, dropout)  # (B, N, T, H)
+        return context.transpose(1, 2).reshape(batch, length, -1)
+
+
+class BertResidual(nn.Module):
+    """The end of each sublayer: project, drop, add what came in, norm."""
+
+    def __init__(self, in_size: int, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, sublayer_output: Tensor, sublayer_input: Tensor) -> Tensor:
+        """(B, T, in_size) and (B, T, D) to (B, T, D)."""
+        projected = self.dropout(self.dense(sublayer_output))
+        return cast(Tensor, self.LayerNorm(projected + sublayer_input))
+
+
+class BertAttention(nn.Module):
+    """The attention sublayer."""
+
+    def __init__(self, config: BertConfig, attention: str) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config, attention)
+        self.output = BertResidual(config.hidden_size, config)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return cast(Tensor, self.output(self.self(hidden_states, mask), hidden_states))
+
+
+class BertIntermediate(nn.Module):
+    """The wide half of the feed-forward sublayer."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = (
+            nn.PReLU() if config.hidden_act == "prelu" else ACTIVATION_FUNCTIONS[config.hidden_act]
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, intermediate_size)."""
+        return cast(Tensor, self.intermediate_act_fn(self.dense(hidden_states)))
+
+
+class BertLayer(nn.Module):
+    """Attention, then feed-forward, each with its residual and norm."""
+
+    def __init__(self, config: BertConfig, attention: str) -> None:
+        super().__init__()
+        self.attention = BertAttention(config, attention)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertResidual(config.intermediate_size, config)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        attended = self.attention(hidden_states, mask)
+        return cast(Tensor, self.output(self.intermediate(attended), attended))
+
+
+class BertEncoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: BertConfig, attention: str) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(
+            BertLayer(config, attention) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, mask)
+        return hidden_states
+
+
+class BertModel(nn.Module):
+    """Embeddings and encoder; no pooler, which token classification does not use."""
+
+    def __init__(self, config: BertConfig, attention: str) -> None:
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config, attention)
+        self.attention_implementation = attention
+        self.max_position_embeddings = config.max_position_embeddings
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> Tensor:
+        """(B, T) ids to (B, T, D) hidden states."""
+        if input_ids.shape[1] > self.max_position_embeddings:
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens in a row, but the model has "
+                f"{self.max_position_embeddings} positions; cut the text into shorter rows"
+            )
+        hidden_states = self.embeddings(input_ids, token_type_ids)
+        mask = attention_mask_for(
+            self.attention_implementation, attention_mask, hidden_states.dtype
+        )
+        return cast(Tensor, self.encoder(hidden_states, mask))
+
+
+@dataclass(frozen=True)
+class TokenClassifierOutput:
+    """What `BertForNER` returns.
+
+    Attributes:
+        logits: (B, T, C) scores of each label.
+        loss: Scalar, mean over the labels that are not -100; None if no labels were given.
+    """
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class BertForNER(nn.Module):
+    """BERT that gives each token a label.
+
+    Args:
+        config: Shape and labels.
+        attn_implementation: "sdpa" (PyTorch's fused attention) or "eager" (written out).
+    """
+
+    def __init__(self, config: BertConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__()
+        if attn_implementation not in ATTENTION:
+            raise UsageError(
+                f"attn_implementation must be one of {' '.join(ATTENTION)}, "
+                f"not {attn_implementation!r}"
+            )
+        self.config = config
+        self.bert = BertModel(config, attn_implementation)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights, zero biases, zero for the padding's embedding (Devlin et al., 2019)."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> TokenClassifierOutput:
+        """Scores every token.
+
+        Args:
+            input_ids: (B, T) integer ids.
+            attention_mask: (B, T), non-zero for tokens, zero for padding; None for no padding.
+            token_type_ids: (B, T), None for all zero.
+            labels: (B, T) label ids, -100 where a token has none.
+        """
+        hidden_states = self.bert(input_ids, attention_mask, token_type_ids)
+        logits = self.classifier(self.dropout(hidden_states))  # (B, T, C)
+        if labels is None:
+            return TokenClassifierOutput(logits)
+        loss = F.cross_entropy(
+            logits.view(-1, self.config.num_labels), labels.view(-1), ignore_index=IGNORE_INDEX
+        )
+        return TokenClassifierOutput(logits, loss)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.classifier.weight.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | Path,
+        *,
+        id2label: Mapping[int, str] | None = None,
+        num_labels: int | None = None,
+        attn_implementation: str = "sdpa",
+        revision: str | None = None,
+    ) -> BertForNER:
+        """Loads a BERT checkpoint; only the head may be new.
+
+        The head is taken from the checkpoint where that is a token classifier with the same labels;
+        otherwise it is drawn from the global random generator (seed it first).
+
+        Args:
+            model_name_or_path: A folder, `package:NAME/FOLDER`, or a Hub id.
+            id2label: Names of the labels; None for the checkpoint's own.
+            num_labels: Number of labels, in place of their names.
+            attn_implementation: "sdpa" or "eager".
+            revision: Branch, tag or commit on the Hub.
+
+        Returns:
+            The model in evaluation mode, in float32 on the CPU.
+
+        Raises:
+            ModelError: The files are missing, damaged, unsafe, or not those of a BERT encoder.
+            StorageError: The Hub cannot be reached.
+        """
+        folder = find_model(model_name_or_path, revision).folder
+        values = read_json(folder / "config.json")
+        saved = BertConfig.from_dict(values, folder / "config.json")
+        config = _with_labels(saved, id2label, num_labels)
+
+        with torch.device("meta"):
+            model = cls(config, attn_implementation)
+        weights = Weights(folder)
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        new, other_head = check_weights(weights.shapes, wanted, folder)
+        # A head counts as the same only if its labels are: same names, or none were ever given.
+        if not new and not _same_head(values, saved, config):
+            new = ["classifier.weight", "classifier.bias"]
+        state: dict[str, Tensor] = {name: weights[name] for name in wanted if name not in new}
+        if new:
+            logger.info("new head for %d labels: %s", config.num_labels, ", ".join(new))
+            state["classifier.weight"] = torch.empty(wanted["classifier.weight"]).normal_(
+                std=config.initializer_range
+            )
+            state["classifier.bias"] = torch.zeros(wanted["classifier.bias"])
+        if other_head:
+            logger.info("not used from %s: %s", folder, ", ".join(other_head))
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`, which `transformers` opens.
+
+        The tokenizer's files are written by `Tokenizer.save`.
+        """
+        save_model(Path(directory), self.config, self.state_dict())
+
+
+def _with_labels(
+    saved: BertConfig, id2label: Mapping[int, str] | None, num_labels: int | None
+) -> BertConfig:
+    if id2label is not None:
+        if num_labels is not None and num_labels != len(id2label):
+            raise UsageError(f"num_labels is {num_labels}, but id2label names {len(id2label)}")
+        return replace(saved, id2label=dict(id2label))
+    if num_labels is not None and num_labels != saved.num_labels:
+        return replace(saved, id2label={label: f"LABEL_{label}" for label in range(num_labels)})
+    return saved
+
+
+def _same_head(values: Mapping[str, Any], saved: BertConfig, wanted: BertConfig) -> bool:
+    architectures = values.get("architectures") or ["BertForTokenClassification"]
+    if architectures != ["BertForTokenClassification"]:
+        return False
+    generic = [f"LABEL_{label}" for label in range(saved.num_labels)]
+    return saved.label_names in (wanted.label_names, generic)

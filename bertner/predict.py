@@ -1,0 +1,119 @@
+"""From text to entities with a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from bertner.corpus import Corpus, split_words
+from bertner.data import TokenDataset, batches_by_length, tokenize
+from bertner.hub import find_model
+from bertner.labels import IntArray, LabelSet
+from bertner.model import BertForNER
+from bertner.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Entity:
+    """An entity in a text.
+
+    Attributes:
+        start: First character, from 0.
+        end: Character after the last.
+        label: Entity type, such as "PER".
+        text: The slice `text[start:end]`.
+        score: Mean over its words of the probability of the predicted label.
+    """
+
+    start: int
+    end: int
+    label: str
+    text: str
+    score: float
+
+
+class Tagger:
+    """Finds entities in running text.
+
+    Args:
+        model: Trained model.
+        tokenizer: Its tokenizer.
+        batch_size: Rows in a batch.
+    """
+
+    def __init__(self, model: BertForNER, tokenizer: Tokenizer, batch_size: int = 32) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.label_set = LabelSet(tuple(model.config.label_names))
+
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str | Path, *, device: str = "cpu", batch_size: int = 32
+    ) -> Tagger:
+        """Loads a model folder, or a model from the Hub.
+
+        Raises:
+            ModelError: The files cannot be used.
+        """
+        source = find_model(model_name_or_path)
+        model = BertForNER.from_pretrained(source.folder).to(device)
+        return cls(model, Tokenizer.from_pretrained(source.folder, model.config), batch_size)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[Entity]]:
+        """Entities of each text, in order; a text longer than the model's window is no problem."""
+        word_spans = [split_words(text) for text in texts]
+        words = [t[a:b] for t, spans in zip(texts, word_spans, strict=True) for a, b in spans]
+        starts = np.cumsum([0, *map(len, word_spans)])
+        if not words:
+            return [[] for _ in texts]
+        dataset = tokenize(_unlabelled(words, starts), self.tokenizer, self.label_set)
+        labels, scores = self._predict(dataset)
+        spans = self.label_set.spans(labels, starts[:-1])
+        text_of = np.searchsorted(starts, spans.start, side="right") - 1
+        entities: list[list[Entity]] = [[] for _ in texts]
+        for k, number in enumerate(text_of):
+            text, offset = texts[number], starts[number]
+            start = word_spans[number][spans.start[k] - offset][0]
+            end = word_spans[number][spans.end[k] - 1 - offset][1]
+            score = float(scores[spans.start[k] : spans.end[k]].mean())
+            label = self.label_set.types[spans.type[k]]
+            entities[number].append(Entity(start, end, label, text[start:end], score))
+        return entities
+
+    @torch.inference_mode()
+    def _predict(self, dataset: TokenDataset) -> tuple[IntArray, NDArray[np.float32]]:
+        """(num_words,) label and its probability for every word; O for words without pieces."""
+        labels = np.zeros(len(dataset.input_ids), dtype=np.int16)
+        scores = np.zeros(len(dataset.input_ids), dtype=np.float32)
+        for _, batch in batches_by_length(dataset, self.batch_size, self.model.device):
+            logits = self.model(batch.input_ids, batch.attention_mask).logits
+            best = F.softmax(logits[batch.attention_mask.bool()].float(), dim=-1).max(-1)
+            labels[batch.token_index] = best.indices.cpu().numpy()
+            scores[batch.token_index] = best.values.cpu().numpy()
+        return (
+            dataset.decide_words(labels, self.label_set.outside),
+            dataset.decide_words(scores, 1),
+        )
+
+
+def _unlabelled(words: list[str], starts: IntArray) -> Corpus:
+    """Texts as a corpus of one sentence each, every word tagged O."""
+    return Corpus(
+        source="text",
+        words=words,
+        prefixes=np.zeros(len(words), dtype=np.int8),
+        types=np.full(len(words), -1, dtype=np.int16),
+        type_names=(),
+        starts=starts,
+        documents=np.arange(len(starts) - 1),
+        lines=np.repeat(np.arange(1, len(starts)), np.diff(starts)),
+        scheme="IOB2",
+        sha256="",
+    )

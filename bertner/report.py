@@ -1,0 +1,171 @@
+"""What a run shows while it works: progress, the growing table, `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from bertner.errors import StorageError
+from bertner.loop import Evaluation, StepReport
+from bertner.metrics import EntityScores
+
+# The columns of the published card, and the word-level F1 that CoNLL results are compared by.
+TABLE_COLUMNS = (
+    "Training loss",
+    "Epoch",
+    "Step",
+    "Validation loss",
+    "Precision",
+    "Recall",
+    "F1",
+    "Accuracy",
+    "Word F1",
+)
+
+
+class RunReport:
+    """Watches a run (a `loop.Watcher`): terminal to people, `metrics.jsonl` to programs.
+
+    Attributes:
+        rows: The table's rows so far, as printed.
+        logs: Loss and rate at each logging step, as in `metrics.jsonl`.
+    """
+
+    def __init__(
+        self, output_dir: Path, total_steps: int, logging_steps: int, show_bars: bool
+    ) -> None:
+        self.rows: list[tuple[str, ...]] = []
+        self.logging_steps = logging_steps
+        self.show_bars = show_bars
+        self.window: list[StepReport] = []
+        self.window_start = time.perf_counter()
+        self.training_loss = "no log"
+        try:
+            self.file: IO[str] = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{output_dir / 'metrics.jsonl'}: {error.strerror}") from None
+        self.bar = tqdm(
+            total=total_steps, unit="step", desc="train", disable=not show_bars, dynamic_ncols=True
+        )
+        self.tokens = 0
+        self.seconds_stepping = 0.0
+        self.last_step_end = time.perf_counter()
+
+    def event(self, name: str, values: Mapping[str, Any]) -> None:
+        """Appends one line to `metrics.jsonl`."""
+        record = {"event": name, "time": round(time.time(), 3), **values}
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise StorageError(f"metrics.jsonl: cannot be written: {error.strerror}") from None
+
+    def stepped(self, report: StepReport) -> None:
+        """Moves the bar; every `logging_steps` steps, logs the mean loss since the last time."""
+        now = time.perf_counter()
+        self.seconds_stepping += now - self.last_step_end
+        self.last_step_end = now
+        self.tokens += report.num_tokens
+        self.window.append(report)
+        self.bar.update()
+        self.bar.set_postfix_str(
+            f"loss {report.loss:.4f}, rate {report.learning_rate:.2e}, "
+            f"{self.tokens / self.seconds_stepping:,.0f} tokens/s",
+            refresh=False,
+        )
+        if report.step % self.logging_steps == 0:
+            loss = sum(step.loss for step in self.window) / len(self.window)
+            self.training_loss = f"{loss:.4f}"
+            self.event(
+                "log",
+                {
+                    "step": report.step,
+                    "epoch": report.epoch,
+                    "loss": loss,
+                    "grad_norm": report.grad_norm,
+                    "learning_rate": report.learning_rate,
+                    "tokens_per_second": self.tokens / self.seconds_stepping,
+                },
+            )
+            self.window = []
+
+    def evaluating(self, num_rows: int) -> Callable[[int], None]:
+        """Opens a bar for an evaluation."""
+        bar = tqdm(
+            total=num_rows,
+            unit="sentence",
+            desc="evaluate",
+            leave=False,
+            disable=not self.show_bars,
+            dynamic_ncols=True,
+        )
+
+        def on_batch(rows: int) -> None:
+            bar.update(rows)
+            if bar.n >= num_rows:
+                bar.close()
+
+        return on_batch
+
+    def evaluated(self, report: StepReport, evaluation: Evaluation, is_best: bool) -> None:
+        """Adds a line to the table."""
+        scores = evaluation.metrics()
+        self.event(
+            "eval",
+            {
+                "step": report.step,
+                "epoch": report.epoch,
+                **{f"eval_{name}": value for name, value in scores.items()},
+                "best": is_best,
+            },
+        )
+        names = ["precision", "recall", "f1", "accuracy", "word_f1"]
+        row = (
+            self.training_loss,
+            f"{report.epoch:.2f}".rstrip("0").rstrip(".")
+            if report.epoch % 1
+            else f"{report.epoch:.1f}",
+            str(report.step),
+            f"{scores['loss']:.4f}",
+            *(f"{scores[name]:.4f}" for name in names),
+        )
+        if not self.rows:
+            self._print("  ".join(TABLE_COLUMNS))
+        self.rows.append(row)
+        self._print(
+            "  ".join(cell.rjust(len(c)) for cell, c in zip(row, TABLE_COLUMNS, strict=True))
+        )
+        # An evaluation is no part of the time that steps take.
+        self.last_step_end = time.perf_counter()
+
+    def saved(self, report: StepReport, folder: Path) -> None:
+        """Records that a checkpoint is complete."""
+        self.event("save", {"step": report.step, "checkpoint": folder.name})
+        self.last_step_end = time.perf_counter()
+
+    def _print(self, line: str) -> None:
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar and the file."""
+        self.bar.close()
+        self.file.close()
+
+
+def format_scores(scores: EntityScores, title: str) -> str:
+    """A table of precision, recall, F1 and support per entity type, as text."""
+    rows = [*scores.per_type.items(), ("all", scores.overall)]
+    width = max(len(title), *(len(name) for name, _ in rows))
+    lines = [f"{title:<{width}}  precision  recall      f1  entities"]
+    lines += [
+        f"{name:<{width}}  {s.precision:9.4f}  {s.recall:.4f}  {s.f1:.4f}  {s.num_gold:8d}"
+        for name, s in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,451 @@
+"""What the commands do once their arguments are understood: build the parts and call them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bertner import __version__
+from bertner.card import RunFacts, model_card
+from bertner.checkpoint import (
+    Weights,
+    list_checkpoints,
+    remove_run,
+    save_checkpoint,
+    write_json,
+    write_text,
+)
+from bertner.config import TrainConfig
+from bertner.corpus import Corpus
+from bertner.data import TokenDataset, labels_for, tokenize
+from bertner.errors import DataError, OutputDirectoryError, StorageError, UsageError
+from bertner.hub import ModelSource, find_model
+from bertner.hub_datasets import read_dataset
+from bertner.labels import LabelSet
+from bertner.loop import Evaluation, StepReport, TrainResult, evaluate, train
+from bertner.model import BertForNER
+from bertner.predict import Tagger
+from bertner.readers import read_file, read_lines
+from bertner.report import RunReport, format_scores
+from bertner.tokenizer import Tokenizer
+
+logger = logging.getLogger("bertner")
+
+# Every file that a run writes at the top of its folder.
+RUN_FILES = [
+    "run.json",
+    "metrics.jsonl",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "README.md",
+    "all_results.json",
+    "eval_results.json",
+]
+
+
+def run_training(config: TrainConfig, recipe: str) -> None:
+    """`bertner-train`: from a configuration to a model folder.
+
+    Raises:
+        BertnerError: See the exit codes in `errors`.
+    """
+    output_dir = Path(config.output_dir)
+    _check_output_dir(output_dir, config.overwrite_output_dir)
+    device = find_device(config.device)
+    source = find_model(config.model_name_or_path, config.model_revision)
+    if source.folder.resolve().is_relative_to(output_dir.resolve()):
+        raise UsageError(
+            f"output_dir {output_dir} holds the model to start from; choose another folder"
+        )
+    corpora = _read_corpora(config)
+    label_set = labels_for(corpora["train"])
+
+    # Seeded first, so that a new head is the same in every run with this seed.
+    torch.manual_seed(config.seed)
+    model = BertForNER.from_pretrained(
+        source.folder,
+        id2label=dict(enumerate(label_set.names)),
+        attn_implementation=config.attn_implementation,
+    ).to(device)
+    tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
+    datasets = {
+        split: tokenize(
+            corpus,
+            tokenizer,
+            label_set,
+            label_all_tokens=config.label_all_tokens,
+            max_seq_length=config.max_seq_length,
+        )
+        for split, corpus in corpora.items()
+    }
+    total_steps = config.total_steps(len(datasets["train"]))
+    _announce(config, source, corpora, datasets, model, total_steps)
+
+    _prepare_output_dir(output_dir)
+    run = _run_record(config, recipe, source, corpora, model)
+    write_json(output_dir / "run.json", run)
+    report = RunReport(output_dir, total_steps, config.logging_steps, not config.disable_tqdm)
+    report.event("start", {"total_steps": total_steps, "num_rows": len(datasets["train"])})
+
+    def write_model(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save(folder)
+
+    def save(step: StepReport, best_step: int | None) -> None:
+        keep = config.save_total_limit
+        protect = best_step if config.load_best_model_at_end else None
+        folder = save_checkpoint(output_dir, step.step, write_model, keep=keep, best_step=protect)
+        report.saved(step, folder)
+
+    try:
+        result = train(
+            model,
+            datasets["train"],
+            config,
+            evaluation=datasets.get("validation"),
+            watcher=report,
+            save=save,
+        )
+    finally:
+        report.bar.close()
+    kept_step = result.step
+    if config.load_best_model_at_end and result.best_step not in (None, result.step):
+        kept_step = int(result.best_step or 0)
+        _load_weights(model, output_dir / f"checkpoint-{kept_step}")
+    write_model(output_dir)
+
+    evaluations = _final_evaluations(config, model, datasets, result, kept_step, report)
+    results = _all_results(result, evaluations)
+    write_json(output_dir / "all_results.json", results)
+    write_json(
+        output_dir / "eval_results.json",
+        {name: value for name, value in results.items() if name.startswith("eval_")},
+    )
+    facts = RunFacts(
+        config=config,
+        base_model=source.name,
+        base_commit=source.commit,
+        corpora=corpora,
+        num_train_tokens=len(datasets["train"].input_ids),
+        label_names=label_set.names,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        shape=_shape(model),
+        max_length=min(config.max_seq_length or 10**9, tokenizer.model_max_length),
+        lowercase=tokenizer.lowercase,
+        result=result,
+        rows=report.rows,
+        evaluations=evaluations,
+        kept_step=kept_step,
+        versions=run["versions"],
+        device=run["device"],
+    )
+    write_text(output_dir / "README.md", model_card(facts))
+    report.event("end", results)
+    report.close()
+    for split, evaluation in evaluations.items():
+        print(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
+    print(f"\nModel, card and scores are in {output_dir}{'' if output_dir.name == '' else '/'}")
+    print(f"Try it:  echo 'Angela Merkel visited Paris .' | bertner-predict --model {output_dir}")
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a user names; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UsageError(f"device {name!r} cannot be used here: {reason}") from None
+    return device
+
+
+def _check_output_dir(output_dir: Path, overwrite: bool) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise OutputDirectoryError(f"{output_dir} is a file; choose another --output_dir")
+    present = [name for name in RUN_FILES if (output_dir / name).exists()]
+    present += [folder.name for _, folder in list_checkpoints(output_dir)]
+    if not present:
+        return
+    if not (output_dir / "run.json").is_file():
+        raise OutputDirectoryError(
+            f"{output_dir} holds {', '.join(present[:3])}, which no bertner run put there; "
+            "choose another --output_dir"
+        )
+    if not overwrite:
+        raise OutputDirectoryError(
+            f"{output_dir} holds another run; choose another --output_dir, or replace that run "
+            "with --overwrite_output_dir"
+        )
+
+
+def _prepare_output_dir(output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_run(output_dir, RUN_FILES)
+    except OSError as error:
+        raise StorageError(f"{output_dir}: {error.strerror}") from None
+
+
+def _read_corpora(config: TrainConfig) -> dict[str, Corpus]:
+    names = config.label_names.split(",") if config.label_names else None
+    columns: dict[str, Any] = {
+        "text_column": config.text_column_name,
+        "label_column": config.label_column_name,
+        "label_names": names,
+    }
+    if config.train_file is None:
+        corpora = read_dataset(
+            config.train_source, config_name=config.dataset_config_name, **columns
+        )
+    else:
+        files = {
+            "train": config.train_file,
+            "validation": config.validation_file,
+            "test": config.test_file,
+        }
+        corpora = {split: read_file(path, **columns) for split, path in files.items() if path}
+    limits = {"train": config.max_train_samples}
+    for split, corpus in corpora.items():
+        limit = limits.get(split, config.max_eval_samples)
+        if limit is not None:
+            corpora[split] = corpus.head(limit)
+    if config.load_best_model_at_end and "validation" not in corpora:
+        raise UsageError("load_best_model_at_end needs validation data: give --validation_file")
+    if config.eval_strategy != "no" and "validation" not in corpora:
+        logger.warning("no validation data, so nothing is scored during training")
+    return corpora
+
+
+def _announce(
+    config: TrainConfig,
+    source: ModelSource,
+    corpora: dict[str, Corpus],
+    datasets: dict[str, TokenDataset],
+    model: BertForNER,
+    total_steps: int,
+) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    commit = f" at {source.commit[:12]}" if source.commit else ""
+    logger.info(
+        "model: %s%s, %s, %s parameters", source.name, commit, _shape(model), f"{parameters:,}"
+    )
+    for split, corpus in corpora.items():
+        logger.info(
+            "%s: %s sentences, %s words, %s entities, %s tokens from %s",
+            split,
+            f"{corpus.num_sentences:,}",
+            f"{corpus.num_words:,}",
+            f"{sum(corpus.entity_counts().values()):,}",
+            f"{len(datasets[split].input_ids):,}",
+            corpus.source,
+        )
+    logger.info(
+        "%d steps on %s with %d threads, %s, attention %s, seed %d, into %s",
+        total_steps,
+        model.device,
+        torch.get_num_threads(),
+        config.dtype,
+        config.attn_implementation,
+        config.seed,
+        config.output_dir,
+    )
+
+
+def _shape(model: BertForNER) -> str:
+    shape = model.config
+    return (
+        f"{shape.num_hidden_layers} layers, hidden size {shape.hidden_size}, "
+        f"{shape.num_attention_heads} heads"
+    )
+
+
+def _run_record(
+    config: TrainConfig,
+    recipe: str,
+    source: ModelSource,
+    corpora: dict[str, Corpus],
+    model: BertForNER,
+) -> dict[str, Any]:
+    """The contents of run.json: everything that it takes to do this run again."""
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "recipe": recipe,
+        "config": config.to_dict(),
+        "model": {
+            "name": source.name,
+            "folder": str(source.folder.resolve()),
+            "commit": source.commit,
+            **dataclasses.asdict(model.config),
+        },
+        "data": {
+            split: {
+                "source": corpus.source,
+                "sha256": corpus.sha256,
+                "scheme": corpus.scheme,
+                "documents": corpus.num_documents,
+                "sentences": corpus.num_sentences,
+                "words": corpus.num_words,
+                "entities": corpus.entity_counts(),
+            }
+            for split, corpus in corpora.items()
+        },
+        "versions": {
+            "bertner": __version__,
+            "python": platform.python_version(),
+            **{
+                package: version(package)
+                for package in ("torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
+            },
+        },
+        "device": f"{device.type}, {name or platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _load_weights(model: BertForNER, folder: Path) -> None:
+    weights = Weights(folder)
+    model.load_state_dict({name: weights[name] for name in weights.shapes}, strict=True)
+
+
+def _final_evaluations(
+    config: TrainConfig,
+    model: BertForNER,
+    datasets: dict[str, TokenDataset],
+    result: TrainResult,
+    kept_step: int,
+    report: RunReport,
+) -> dict[str, Evaluation]:
+    """Scores of the kept weights; what the run has just computed is not computed again."""
+    evaluations: dict[str, Evaluation] = {}
+    for split in ("validation", "test"):
+        if split not in datasets:
+            continue
+        if split == "validation" and result.evaluation and kept_step == result.step:
+            evaluations[split] = result.evaluation
+        else:
+            evaluations[split] = evaluate(
+                model,
+                datasets[split],
+                config.per_device_eval_batch_size,
+                dtype=config.dtype,
+                on_batch=report.evaluating(len(datasets[split])),
+            )
+    return evaluations
+
+
+def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "epoch": result.epoch,
+        "step": result.step,
+        "train_loss": result.loss,
+        "train_runtime": result.runtime,
+        "train_steps_per_second": result.steps_per_second,
+        "train_tokens_per_second": result.tokens_per_second,
+    }
+    prefixes = {"validation": "eval_", "test": "test_"}
+    for split, evaluation in evaluations.items():
+        for name, value in evaluation.metrics().items():
+            results[prefixes[split] + name] = value
+        results[f"{prefixes[split]}word_per_type"] = {
+            kind: {"precision": s.precision, "recall": s.recall, "f1": s.f1, "entities": s.num_gold}
+            for kind, s in evaluation.word.per_type.items()
+        }
+    return results
+
+
+def run_evaluation(options: argparse.Namespace) -> None:
+    """`bertner-eval`: scores of a model on a file."""
+    source = find_model(options.model)
+    model = BertForNER.from_pretrained(source.folder).to(find_device(options.device))
+    tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
+    corpus = read_file(
+        options.file,
+        text_column=options.text_column_name,
+        label_column=options.label_column_name,
+        label_names=options.label_names.split(",") if options.label_names else None,
+    )
+    label_set = label_set_of(model, source)
+    dataset = tokenize(corpus, tokenizer, label_set)
+    bar = tqdm(total=len(dataset), unit="sentence", desc="evaluate", leave=False)
+    with bar:
+        evaluation = evaluate(
+            model,
+            dataset,
+            options.batch_size,
+            dtype=options.dtype,
+            on_batch=bar.update,
+        )
+    print(format_scores(evaluation.word, "word level"))
+    print(f"accuracy over {evaluation.word.num_labels:,} words {evaluation.word.accuracy:.4f}\n")
+    print(format_scores(evaluation.subword, "subword level"))
+    print(
+        f"accuracy over {evaluation.subword.num_labels:,} wordpieces "
+        f"{evaluation.subword.accuracy:.4f}, loss {evaluation.loss:.4f}"
+    )
+    if options.output_file:
+        write_json(Path(options.output_file), evaluation.metrics())
+
+
+def label_set_of(model: BertForNER, source: ModelSource) -> LabelSet:
+    """The labels of a trained model.
+
+    Raises:
+        DataError: They are not tags, so the model is not an NER model.
+    """
+    label_set = LabelSet(tuple(model.config.label_names))
+    try:
+        _ = label_set.types, label_set.outside
+    except (ValueError, KeyError):
+        raise DataError(
+            f"its labels ({', '.join(label_set.names[:4])}, ...) are not O and B-/I- tags; it is "
+            "not a trained model for named entities",
+            source.name,
+        ) from None
+    return label_set
+
+
+def run_prediction(options: argparse.Namespace) -> None:
+    """`bertner-predict`: entities of the lines of files or stdin, in order, as JSON lines."""
+    tagger = Tagger.from_pretrained(
+        options.model, device=str(find_device(options.device)), batch_size=options.batch_size
+    )
+    lines = _lines(options.files)
+    # A few batches at a time: enough to sort by length, and memory does not grow with the input.
+    while texts := list(islice(lines, 16 * options.batch_size)):
+        for text, entities in zip(texts, tagger(texts), strict=True):
+            record = {"text": text, "entities": [dataclasses.asdict(e) for e in entities]}
+            print(json.dumps(record, ensure_ascii=False))
+
+
+def _lines(files: list[str]) -> Iterator[str]:
+    if not files:
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+    for path in files:
+        yield from read_lines(path)
