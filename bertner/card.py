@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from bertner import __version__
-from bertner.config import TrainConfig
+from bertner.config import BertConfig, TrainConfig
 from bertner.corpus import Corpus
 from bertner.loop import Evaluation, TrainResult
 from bertner.metrics import EntityScores
@@ -26,9 +26,8 @@ class RunFacts:
         base_commit: Its commit on the Hub, if it came from there.
         corpora: `train`, and `validation` and `test` where there are any.
         num_train_tokens: Tokens in one epoch, special tokens included.
-        label_names: In order of their ids.
+        model: Shape and labels of the model.
         num_parameters: Of the whole model.
-        shape: Layers, hidden size and heads, in words.
         max_length: Longest row in tokens.
         lowercase: Whether the tokenizer lower-cases.
         result: What training did.
@@ -44,9 +43,8 @@ class RunFacts:
     base_commit: str | None
     corpora: Mapping[str, Corpus]
     num_train_tokens: int
-    label_names: Sequence[str]
+    model: BertConfig
     num_parameters: int
-    shape: str
     max_length: int
     lowercase: bool
     result: TrainResult
@@ -122,13 +120,13 @@ def _metadata(facts: RunFacts, name: str) -> ModelCardData:
 
 
 def _summary(facts: RunFacts) -> str:
-    types = sorted({label[2:] for label in facts.label_names if label != "O"})
+    types = sorted({label[2:] for label in facts.model.label_names if label != "O"})
     commit = f" (commit `{facts.base_commit}`)" if facts.base_commit else ""
     return (
         f"A token classifier that finds {', '.join(types)} entities in text: "
         f"`{facts.base_model}`{commit} fine-tuned on `{data_name(facts.config.train_source)}` "
         f"with [bertner](https://pypi.org/project/bertner/) {__version__}. BERT encoder of "
-        f"{facts.shape}, {facts.num_parameters:,} parameters, "
+        f"{facts.model.shape}, {facts.num_parameters:,} parameters, "
         f"{'uncased' if facts.lowercase else 'cased'}, rows of up to {facts.max_length} tokens."
     )
 
@@ -211,7 +209,7 @@ def _data(facts: RunFacts) -> str:
         + "\n\nThe hash begins the SHA-256 of the file, or of the words and tags of a dataset; "
         f"`run.json` has it whole. One pass over the training data is {facts.num_train_tokens:,} "
         "tokens, special tokens included. Labels, in order: "
-        + ", ".join(f"`{label}`" for label in facts.label_names)
+        + ", ".join(f"`{label}`" for label in facts.model.label_names)
         + "."
     )
 

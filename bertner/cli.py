@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from bertner import __version__
 from bertner.config import RECIPES, TrainConfig, read_settings
-from bertner.errors import BertnerError
+from bertner.errors import BertnerError, StorageError
 
 SAMPLE = Path(__file__).parent / "sample"
 
@@ -180,8 +180,11 @@ def _positive(text: str) -> int:
 
 def _guarded(program: str, command: Callable[[], None]) -> int:
     """Runs a command; what a user can cause ends in a line on stderr and an exit code."""
-    logging.basicConfig(format=f"{program}: %(message)s", stream=sys.stderr)
-    logging.getLogger("bertner").setLevel(logging.INFO)
+    logger = logging.getLogger("bertner")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{program}: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         command()
         sys.stdout.flush()
@@ -192,7 +195,12 @@ def _guarded(program: str, command: Callable[[], None]) -> int:
         # The reader of our output has gone, as `head` does: not an error, and nothing to say.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        logger.removeHandler(handler)
     return 0

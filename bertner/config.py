@@ -89,7 +89,12 @@ class BertConfig:
                     f"pad_token_id {self.pad_token_id} is outside the vocabulary "
                     f"({self.vocab_size})"
                 )
-        if sorted(self.id2label) != list(range(len(self.id2label))) or not self.id2label:
+        if (
+            not isinstance(self.id2label, Mapping)
+            or set(self.id2label) != set(range(len(self.id2label)))
+            or not all(isinstance(name, str) and name for name in self.id2label.values())
+            or not self.id2label
+        ):
             raise ModelError(f"id2label must name the labels 0, 1, 2, ..., not {self.id2label!r}")
         if len(set(self.id2label.values())) != len(self.id2label):
             raise ModelError(f"id2label names a label twice: {list(self.id2label.values())}")
@@ -98,6 +103,14 @@ class BertConfig:
     def num_labels(self) -> int:
         """Number of labels that the head tells apart."""
         return len(self.id2label)
+
+    @property
+    def shape(self) -> str:
+        """Layers, hidden size and heads, in words."""
+        return (
+            f"{self.num_hidden_layers} layers, hidden size {self.hidden_size}, "
+            f"{self.num_attention_heads} heads"
+        )
 
     @property
     def label_names(self) -> list[str]:
@@ -166,7 +179,12 @@ class BertConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:
@@ -182,6 +200,8 @@ def _option(default: Any, help: str, aliases: str = "", choices: str = "") -> An
 
 # What --metric_for_best_model may name: keys of an evaluation, without "eval_".
 METRICS = "f1 precision recall accuracy loss word_f1 word_precision word_recall".split()
+
+MAX_EPOCHS = 1_000_000  # so that the number of steps is always a number that a float can hold
 
 
 @dataclass(frozen=True)
@@ -267,8 +287,10 @@ class TrainConfig:
                 raise UsageError(f"{name} must be below 1, not {getattr(self, name)}")
         if self.warmup_ratio > 1:
             raise UsageError(f"warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
-        if self.seed >= 2**63:
-            raise UsageError(f"seed must be below 2**63, not {self.seed}")
+        if self.num_train_epochs > MAX_EPOCHS:
+            raise UsageError(
+                f"num_train_epochs must be at most {MAX_EPOCHS}, not {self.num_train_epochs}"
+            )
         if self.max_steps == 0 or self.max_steps < -1:
             raise UsageError(f"max_steps must be at least 1, or -1, not {self.max_steps}")
         if self.max_steps == -1 and not self.num_train_epochs > 0:
@@ -286,16 +308,8 @@ class TrainConfig:
                 f"metric_for_best_model {self.metric_for_best_model!r} is not measured; "
                 f"use one of {' '.join(METRICS)}"
             )
-        if self.load_best_model_at_end:
-            if self.eval_strategy == "no":
-                raise UsageError("load_best_model_at_end needs eval_strategy steps or epoch")
-            if self.save_strategy != self.eval_strategy or (
-                self.save_strategy == "steps" and self.save_steps % self.eval_steps
-            ):
-                raise UsageError(
-                    "load_best_model_at_end needs every save to follow an evaluation: set "
-                    "save_strategy to eval_strategy (and save_steps to a multiple of eval_steps)"
-                )
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise UsageError("load_best_model_at_end needs eval_strategy steps or epoch")
 
     def _check_type(self, item: dataclasses.Field[Any]) -> None:
         """Checks one value against its field's annotation; an integer is a fine float."""
@@ -307,8 +321,12 @@ class TrainConfig:
         is_bool = isinstance(value, bool)
         if not isinstance(value, wanted) or (is_bool and wanted is not bool):
             raise UsageError(f"{item.name} must be {kind.split(' ')[0]}, not {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
+        if kind.startswith("float") and not _is_number(value):
             raise UsageError(f"{item.name} must be finite, not {value}")
+        if kind.startswith("int") and abs(value) >= 2**63:
+            raise UsageError(f"{item.name} must be below 2**63, not {value}")
+        if value == "":
+            raise UsageError(f"{item.name} must not be empty")
         choices = item.metadata["choices"]
         if choices and value not in choices:
             raise UsageError(f"{item.name} must be one of {' '.join(choices)}, not {value!r}")
@@ -362,14 +380,15 @@ def check_settings(values: Mapping[str, Any], path: object = None) -> None:
 
 
 def read_settings(path: str) -> dict[str, Any]:
-    """Reads settings from a JSON or TOML file.
+    """Reads settings from a JSON or TOML file; they have the names of the command line's flags.
 
     Raises:
         UsageError: The file is missing, is neither, or names a setting that does not exist.
     """
+    kind = "TOML" if path.lower().endswith(".toml") else "JSON"
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        if path.endswith(".toml"):
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if kind == "TOML":
             if sys.version_info >= (3, 11):
                 import tomllib
             else:
@@ -379,12 +398,22 @@ def read_settings(path: str) -> dict[str, Any]:
             values = json.loads(text)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        kind = "TOML" if path.endswith(".toml") else "JSON"
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not {kind}: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: must hold one object of settings")
-    settings = {str(name).replace("-", "_"): value for name, value in values.items()}
+    name_of = {
+        alias: item.name
+        for item in dataclasses.fields(TrainConfig)
+        for alias in item.metadata["aliases"]
+    }
+    settings: dict[str, Any] = {}
+    for given, value in values.items():
+        name = given.replace("-", "_")
+        name = name_of.get(name, name)
+        if name in settings:
+            raise UsageError(f"{path}: {name} is given twice")
+        settings[name] = value
     check_settings(settings, path)
     return settings
 

@@ -176,7 +176,7 @@ def tokenize(
     Raises:
         DataError: The corpus has a tag that the labels lack.
     """
-    limit = min(max_seq_length or tokenizer.model_max_length, tokenizer.model_max_length)
+    limit = tokenizer.row_limit(max_seq_length)
     word_labels = label_words(corpus, label_set)
     encodings = tokenizer.encode([corpus.sentence(i) for i in range(corpus.num_sentences)])
     num_pieces: IntArray = np.array([len(encoding) for encoding in encodings], dtype=np.int64)

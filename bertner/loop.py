@@ -213,7 +213,8 @@ def train(
         config: Recipe; files, folders and names in it are not used here.
         evaluation: Rows to score, as often as `config.eval_strategy` says.
         watcher: Is told of steps and evaluations.
-        save: Is called as often as `config.save_strategy` says.
+        save: Is called as often as `config.save_strategy` says, and after the best evaluation so
+            far if the best model is to be kept.
 
     Raises:
         NotFiniteError: Loss or gradient norm is infinite or NaN; the step that it came up in is not
@@ -326,9 +327,10 @@ class _Progress:
         config = self.config
         if self._due(config.eval_strategy, config.eval_steps, report, epoch_done):
             self._evaluate(model, report)
-        if self.save is not None and self._due(
-            config.save_strategy, config.save_steps, report, epoch_done
-        ):
+        save_due = self._due(config.save_strategy, config.save_steps, report, epoch_done)
+        if config.load_best_model_at_end and self.best_step == report.step:
+            save_due = True  # what will be loaded at the end must be on disk
+        if self.save is not None and save_due:
             self.save(report, self.best_step)
         self.seconds_watching += time.perf_counter() - began
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from bertner.attention import ATTENTION, attention_mask_for
 from bertner.checkpoint import Weights, check_weights, read_json, save_model
 from bertner.config import BertConfig
-from bertner.errors import UsageError
+from bertner.errors import ModelError, UsageError
 from bertner.hub import find_model
-from bertner.labels import IGNORE_INDEX
+from bertner.labels import IGNORE_INDEX, LabelSet
 
 logger = logging.getLogger("bertner")
 
@@ -287,6 +287,28 @@ class BertForNER(nn.Module):
             logits.view(-1, self.config.num_labels), labels.view(-1), ignore_index=IGNORE_INDEX
         )
         return TokenClassifierOutput(logits, loss)
+
+    @property
+    def label_set(self) -> LabelSet:
+        """The labels as tags.
+
+        Raises:
+            ModelError: They are no tags, so this is not a trained model for named entities.
+        """
+        label_set = LabelSet(tuple(self.config.label_names))
+        try:
+            _ = label_set.types, label_set.outside
+        except (ValueError, KeyError):
+            raise ModelError(
+                f"the model's labels ({', '.join(label_set.names[:4])}, ...) are not O and B-/I- "
+                "tags: it is not a trained model for named entities; train one with bertner-train"
+            ) from None
+        return label_set
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def device(self) -> torch.device:

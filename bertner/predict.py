@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bertner.corpus import Corpus, split_words
 from bertner.data import TokenDataset, batches_by_length, tokenize
 from bertner.hub import find_model
-from bertner.labels import IntArray, LabelSet
+from bertner.labels import IntArray
 from bertner.model import BertForNER
 from bertner.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ class Tagger:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.label_set = LabelSet(tuple(model.config.label_names))
+        self.label_set = model.label_set
 
     @classmethod
     def from_pretrained(
@@ -60,7 +60,7 @@ class Tagger:
         """Loads a model folder, or a model from the Hub.
 
         Raises:
-            ModelError: The files cannot be used.
+            ModelError: The files cannot be used, or hold no model for named entities.
         """
         source = find_model(model_name_or_path)
         model = BertForNER.from_pretrained(source.folder).to(device)
@@ -68,18 +68,21 @@ class Tagger:
 
     def __call__(self, texts: Sequence[str]) -> list[list[Entity]]:
         """Entities of each text, in order; a text longer than the model's window is no problem."""
+        entities: list[list[Entity]] = [[] for _ in texts]
         word_spans = [split_words(text) for text in texts]
-        words = [t[a:b] for t, spans in zip(texts, word_spans, strict=True) for a, b in spans]
-        starts = np.cumsum([0, *map(len, word_spans)])
-        if not words:
-            return [[] for _ in texts]
+        # A text without words has no entities, and would be a sentence without words below.
+        numbers = [number for number, spans in enumerate(word_spans) if spans]
+        if not numbers:
+            return entities
+        words = [texts[number][a:b] for number in numbers for a, b in word_spans[number]]
+        starts = np.cumsum([0, *(len(word_spans[number]) for number in numbers)])
         dataset = tokenize(_unlabelled(words, starts), self.tokenizer, self.label_set)
         labels, scores = self._predict(dataset)
         spans = self.label_set.spans(labels, starts[:-1])
-        text_of = np.searchsorted(starts, spans.start, side="right") - 1
-        entities: list[list[Entity]] = [[] for _ in texts]
-        for k, number in enumerate(text_of):
-            text, offset = texts[number], starts[number]
+        sentence_of = np.searchsorted(starts, spans.start, side="right") - 1
+        for k, sentence in enumerate(sentence_of):
+            number, offset = numbers[sentence], starts[sentence]
+            text = texts[number]
             start = word_spans[number][spans.start[k] - offset][0]
             end = word_spans[number][spans.end[k] - 1 - offset][1]
             score = float(scores[spans.start[k] : spans.end[k]].mean())

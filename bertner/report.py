@@ -34,7 +34,6 @@ class RunReport:
 
     Attributes:
         rows: The table's rows so far, as printed.
-        logs: Loss and rate at each logging step, as in `metrics.jsonl`.
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class RunReport:
         self.logging_steps = logging_steps
         self.show_bars = show_bars
         self.window: list[StepReport] = []
-        self.window_start = time.perf_counter()
         self.training_loss = "no log"
         try:
             self.file: IO[str] = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
@@ -153,8 +151,10 @@ class RunReport:
         with tqdm.external_write_mode(file=sys.stdout):
             print(line, flush=True)
 
-    def close(self) -> None:
-        """Ends the bar and the file."""
+    def __enter__(self) -> RunReport:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.bar.close()
         self.file.close()
 

@@ -31,10 +31,9 @@ from bertner.checkpoint import (
 from bertner.config import TrainConfig
 from bertner.corpus import Corpus
 from bertner.data import TokenDataset, labels_for, tokenize
-from bertner.errors import DataError, OutputDirectoryError, StorageError, UsageError
+from bertner.errors import OutputDirectoryError, StorageError, UsageError
 from bertner.hub import ModelSource, find_model
 from bertner.hub_datasets import read_dataset
-from bertner.labels import LabelSet
 from bertner.loop import Evaluation, StepReport, TrainResult, evaluate, train
 from bertner.model import BertForNER
 from bertner.predict import Tagger
@@ -60,6 +59,22 @@ RUN_FILES = [
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a run is built of."""
+
+    source: ModelSource
+    corpora: dict[str, Corpus]
+    datasets: dict[str, TokenDataset]
+    model: BertForNER
+    tokenizer: Tokenizer
+
+    def save_model(self, folder: Path) -> None:
+        """Writes a complete model folder, as `transformers` would."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save(folder)
+
+
 def run_training(config: TrainConfig, recipe: str) -> None:
     """`bertner-train`: from a configuration to a model folder.
 
@@ -68,15 +83,68 @@ def run_training(config: TrainConfig, recipe: str) -> None:
     """
     output_dir = Path(config.output_dir)
     _check_output_dir(output_dir, config.overwrite_output_dir)
-    device = find_device(config.device)
-    source = find_model(config.model_name_or_path, config.model_revision)
-    if source.folder.resolve().is_relative_to(output_dir.resolve()):
-        raise UsageError(
-            f"output_dir {output_dir} holds the model to start from; choose another folder"
+    parts = _build(config)
+    total_steps = config.total_steps(len(parts.datasets["train"]))
+    _announce(config, parts, total_steps)
+
+    _prepare_output_dir(output_dir)
+    run = _run_record(config, recipe, parts)
+    write_json(output_dir / "run.json", run)
+    with RunReport(
+        output_dir, total_steps, config.logging_steps, not config.disable_tqdm
+    ) as report:
+        report.event(
+            "start", {"total_steps": total_steps, "num_rows": len(parts.datasets["train"])}
         )
+        result = _fit(config, parts, output_dir, report)
+        kept_step = result.step
+        if config.load_best_model_at_end and result.best_step is not None:
+            kept_step = result.best_step
+            _load_weights(parts.model, output_dir / f"checkpoint-{kept_step}")
+        parts.save_model(output_dir)
+
+        evaluations = _final_evaluations(config, parts, result, kept_step, report)
+        results = _all_results(result, evaluations)
+        report.event("end", results)
+    write_json(output_dir / "all_results.json", results)
+    write_json(
+        output_dir / "eval_results.json",
+        {name: value for name, value in results.items() if name.startswith("eval_")},
+    )
+    facts = RunFacts(
+        config=config,
+        base_model=parts.source.name,
+        base_commit=parts.source.commit,
+        corpora=parts.corpora,
+        num_train_tokens=len(parts.datasets["train"].input_ids),
+        model=parts.model.config,
+        num_parameters=parts.model.num_parameters,
+        max_length=parts.tokenizer.row_limit(config.max_seq_length),
+        lowercase=parts.tokenizer.lowercase,
+        result=result,
+        rows=report.rows,
+        evaluations=evaluations,
+        kept_step=kept_step,
+        versions=run["versions"],
+        device=run["device"],
+    )
+    write_text(output_dir / "README.md", model_card(facts))
+    for split, evaluation in evaluations.items():
+        print(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
+    print(f"\nModel, model card and scores: {output_dir}")
+    print(f"Try it: echo 'Angela Merkel visited Paris .' | bertner-predict --model {output_dir}")
+
+
+def _build(config: TrainConfig) -> _Parts:
+    """Reads the data, then the model; data first, since it is where mistakes are."""
+    device = find_device(config.device)
     corpora = _read_corpora(config)
     label_set = labels_for(corpora["train"])
-
+    source = find_model(config.model_name_or_path, config.model_revision)
+    if source.folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
+        raise UsageError(
+            f"output_dir {config.output_dir} holds the model to start from; choose another folder"
+        )
     # Seeded first, so that a new head is the same in every run with this seed.
     torch.manual_seed(config.seed)
     model = BertForNER.from_pretrained(
@@ -95,74 +163,31 @@ def run_training(config: TrainConfig, recipe: str) -> None:
         )
         for split, corpus in corpora.items()
     }
-    total_steps = config.total_steps(len(datasets["train"]))
-    _announce(config, source, corpora, datasets, model, total_steps)
+    return _Parts(source, corpora, datasets, model, tokenizer)
 
-    _prepare_output_dir(output_dir)
-    run = _run_record(config, recipe, source, corpora, model)
-    write_json(output_dir / "run.json", run)
-    report = RunReport(output_dir, total_steps, config.logging_steps, not config.disable_tqdm)
-    report.event("start", {"total_steps": total_steps, "num_rows": len(datasets["train"])})
 
-    def write_model(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save(folder)
+def _fit(config: TrainConfig, parts: _Parts, output_dir: Path, report: RunReport) -> TrainResult:
+    # Without regular saves the best checkpoint is there only to be loaded at the end.
+    keep = 1 if config.save_strategy == "no" else config.save_total_limit
 
     def save(step: StepReport, best_step: int | None) -> None:
-        keep = config.save_total_limit
-        protect = best_step if config.load_best_model_at_end else None
-        folder = save_checkpoint(output_dir, step.step, write_model, keep=keep, best_step=protect)
+        folder = save_checkpoint(
+            output_dir,
+            step.step,
+            parts.save_model,
+            keep=keep,
+            best_step=best_step if config.load_best_model_at_end else None,
+        )
         report.saved(step, folder)
 
-    try:
-        result = train(
-            model,
-            datasets["train"],
-            config,
-            evaluation=datasets.get("validation"),
-            watcher=report,
-            save=save,
-        )
-    finally:
-        report.bar.close()
-    kept_step = result.step
-    if config.load_best_model_at_end and result.best_step not in (None, result.step):
-        kept_step = int(result.best_step or 0)
-        _load_weights(model, output_dir / f"checkpoint-{kept_step}")
-    write_model(output_dir)
-
-    evaluations = _final_evaluations(config, model, datasets, result, kept_step, report)
-    results = _all_results(result, evaluations)
-    write_json(output_dir / "all_results.json", results)
-    write_json(
-        output_dir / "eval_results.json",
-        {name: value for name, value in results.items() if name.startswith("eval_")},
+    return train(
+        parts.model,
+        parts.datasets["train"],
+        config,
+        evaluation=parts.datasets.get("validation"),
+        watcher=report,
+        save=save,
     )
-    facts = RunFacts(
-        config=config,
-        base_model=source.name,
-        base_commit=source.commit,
-        corpora=corpora,
-        num_train_tokens=len(datasets["train"].input_ids),
-        label_names=label_set.names,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        shape=_shape(model),
-        max_length=min(config.max_seq_length or 10**9, tokenizer.model_max_length),
-        lowercase=tokenizer.lowercase,
-        result=result,
-        rows=report.rows,
-        evaluations=evaluations,
-        kept_step=kept_step,
-        versions=run["versions"],
-        device=run["device"],
-    )
-    write_text(output_dir / "README.md", model_card(facts))
-    report.event("end", results)
-    report.close()
-    for split, evaluation in evaluations.items():
-        print(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
-    print(f"\nModel, card and scores are in {output_dir}{'' if output_dir.name == '' else '/'}")
-    print(f"Try it:  echo 'Angela Merkel visited Paris .' | bertner-predict --model {output_dir}")
 
 
 def find_device(name: str) -> torch.device:
@@ -241,27 +266,24 @@ def _read_corpora(config: TrainConfig) -> dict[str, Corpus]:
     return corpora
 
 
-def _announce(
-    config: TrainConfig,
-    source: ModelSource,
-    corpora: dict[str, Corpus],
-    datasets: dict[str, TokenDataset],
-    model: BertForNER,
-    total_steps: int,
-) -> None:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def _announce(config: TrainConfig, parts: _Parts, total_steps: int) -> None:
+    source, model = parts.source, parts.model
     commit = f" at {source.commit[:12]}" if source.commit else ""
     logger.info(
-        "model: %s%s, %s, %s parameters", source.name, commit, _shape(model), f"{parameters:,}"
+        "model: %s%s, %s, %s parameters",
+        source.name,
+        commit,
+        model.config.shape,
+        f"{model.num_parameters:,}",
     )
-    for split, corpus in corpora.items():
+    for split, corpus in parts.corpora.items():
         logger.info(
             "%s: %s sentences, %s words, %s entities, %s tokens from %s",
             split,
             f"{corpus.num_sentences:,}",
             f"{corpus.num_words:,}",
             f"{sum(corpus.entity_counts().values()):,}",
-            f"{len(datasets[split].input_ids):,}",
+            f"{len(parts.datasets[split].input_ids):,}",
             corpus.source,
         )
     logger.info(
@@ -276,23 +298,9 @@ def _announce(
     )
 
 
-def _shape(model: BertForNER) -> str:
-    shape = model.config
-    return (
-        f"{shape.num_hidden_layers} layers, hidden size {shape.hidden_size}, "
-        f"{shape.num_attention_heads} heads"
-    )
-
-
-def _run_record(
-    config: TrainConfig,
-    recipe: str,
-    source: ModelSource,
-    corpora: dict[str, Corpus],
-    model: BertForNER,
-) -> dict[str, Any]:
+def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, Any]:
     """The contents of run.json: everything that it takes to do this run again."""
-    device = model.device
+    source, device = parts.source, parts.model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -302,7 +310,7 @@ def _run_record(
             "name": source.name,
             "folder": str(source.folder.resolve()),
             "commit": source.commit,
-            **dataclasses.asdict(model.config),
+            **dataclasses.asdict(parts.model.config),
         },
         "data": {
             split: {
@@ -314,7 +322,7 @@ def _run_record(
                 "words": corpus.num_words,
                 "entities": corpus.entity_counts(),
             }
-            for split, corpus in corpora.items()
+            for split, corpus in parts.corpora.items()
         },
         "versions": {
             "bertner": __version__,
@@ -334,27 +342,22 @@ def _load_weights(model: BertForNER, folder: Path) -> None:
 
 
 def _final_evaluations(
-    config: TrainConfig,
-    model: BertForNER,
-    datasets: dict[str, TokenDataset],
-    result: TrainResult,
-    kept_step: int,
-    report: RunReport,
+    config: TrainConfig, parts: _Parts, result: TrainResult, kept_step: int, report: RunReport
 ) -> dict[str, Evaluation]:
     """Scores of the kept weights; what the run has just computed is not computed again."""
     evaluations: dict[str, Evaluation] = {}
     for split in ("validation", "test"):
-        if split not in datasets:
+        if split not in parts.datasets:
             continue
         if split == "validation" and result.evaluation and kept_step == result.step:
             evaluations[split] = result.evaluation
         else:
             evaluations[split] = evaluate(
-                model,
-                datasets[split],
+                parts.model,
+                parts.datasets[split],
                 config.per_device_eval_batch_size,
                 dtype=config.dtype,
-                on_batch=report.evaluating(len(datasets[split])),
+                on_batch=report.evaluating(len(parts.datasets[split])),
             )
     return evaluations
 
@@ -390,8 +393,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
         label_column=options.label_column_name,
         label_names=options.label_names.split(",") if options.label_names else None,
     )
-    label_set = label_set_of(model, source)
-    dataset = tokenize(corpus, tokenizer, label_set)
+    dataset = tokenize(corpus, tokenizer, model.label_set)
     bar = tqdm(total=len(dataset), unit="sentence", desc="evaluate", leave=False)
     with bar:
         evaluation = evaluate(
@@ -410,24 +412,6 @@ def run_evaluation(options: argparse.Namespace) -> None:
     )
     if options.output_file:
         write_json(Path(options.output_file), evaluation.metrics())
-
-
-def label_set_of(model: BertForNER, source: ModelSource) -> LabelSet:
-    """The labels of a trained model.
-
-    Raises:
-        DataError: They are not tags, so the model is not an NER model.
-    """
-    label_set = LabelSet(tuple(model.config.label_names))
-    try:
-        _ = label_set.types, label_set.outside
-    except (ValueError, KeyError):
-        raise DataError(
-            f"its labels ({', '.join(label_set.names[:4])}, ...) are not O and B-/I- tags; it is "
-            "not a trained model for named entities",
-            source.name,
-        ) from None
-    return label_set
 
 
 def run_prediction(options: argparse.Namespace) -> None:

