@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,19 @@ from bertner.errors import DataError
 from bertner.labels import B, IntArray, detect_scheme, split_tag, to_iob2
 
 logger = logging.getLogger("bertner")
+
+# Label ids are 16-bit integers, two for each type and one for O; no real tag set comes near.
+MAX_TYPES = 10_000
+
+# What cannot stand in a label: it would break the lines of messages, cards and vocabularies.
+_NOT_IN_LABELS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+# Ideographs, each of which BERT's tokenizer makes a word of its own: the languages written in them
+# put no space between words.
+_IDEOGRAPH = re.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
+    "\U0002f800-\U0002fa1f]"
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,7 @@ class CorpusBuilder:
     def finish(self, sha256: str) -> Corpus:
         """Reads the tags, finds their scheme and converts them to IOB2."""
         if not self.words:
-            raise DataError("holds no sentence", self.source)
+            raise DataError("holds no sentence; is it the right file?", self.source)
         tag_of: dict[str, int] = {}
         tag_ids = np.fromiter(
             (tag_of.setdefault(tag, len(tag_of)) for tag in self.tags), np.int32, len(self.tags)
@@ -123,7 +137,9 @@ class CorpusBuilder:
         kinds: list[str | None] = []
         for tag, tag_id in tag_of.items():
             try:
-                prefix_of[tag_id], kind = split_tag(tag)
+                prefix_of[tag_id], kind = split_tag(tag.strip())
+                if kind is not None:
+                    kind = _checked_type(kind.strip())
             except ValueError as error:
                 line = int(lines[np.argmax(tag_ids == tag_id)])
                 raise DataError(
@@ -131,7 +147,13 @@ class CorpusBuilder:
                 ) from None
             kinds.append(kind)
         type_names = tuple(sorted({kind for kind in kinds if kind is not None}))
-        type_of = np.array([-1 if k is None else type_names.index(k) for k in kinds], np.int16)
+        if len(type_names) > MAX_TYPES:
+            raise DataError(
+                f"has {len(type_names)} types of entities; are these really tags?", self.source
+            )
+        number_of: dict[str | None, int] = {kind: k for k, kind in enumerate(type_names)}
+        number_of[None] = -1
+        type_of = np.array([number_of[kind] for kind in kinds], dtype=np.int16)
         prefixes, types = prefix_of[tag_ids], type_of[tag_ids]
         starts = np.array(self.starts, dtype=np.int64)
 
@@ -139,7 +161,7 @@ class CorpusBuilder:
         if len(scheme.irregular):
             word = int(scheme.irregular[0])
             logger.warning(
-                "%s:%d: %d tags do not fit %s, the first is %s on %r; read as conlleval reads them",
+                "%s:%d: %d tags do not fit %s, the first is %.40s on %.40r; read as conlleval does",
                 self.source,
                 lines[word],
                 len(scheme.irregular),
@@ -161,19 +183,26 @@ class CorpusBuilder:
         )
 
 
+def _checked_type(kind: str) -> str:
+    if _NOT_IN_LABELS.search(kind):
+        raise ValueError(f"type {reprlib.repr(kind)} holds a control character")
+    return kind
+
+
 def split_words(text: str) -> list[tuple[int, int]]:
     """Splits running text into words: (start, end) of each, in characters.
 
-    White space separates; every punctuation mark and symbol is a word of its own. So the borders of
-    almost any annotated entity are borders of words, and BERT's own tokenizer, which cuts at the
-    same places, gives the same wordpieces as for the unsplit text.
+    White space separates; every punctuation mark, symbol and ideograph is a word of its own. So
+    almost any annotated entity begins and ends between words. BERT's own tokenizer cuts at all the
+    same places but between letters and the rarer symbols, such as emoji; there, cutting spares the
+    letters from being one unknown word with the symbol.
     """
     spans = []
     for chunk in re.finditer(r"\S+", text):
         begin = chunk.start()
         for position, character in enumerate(chunk.group(), begin):
             # Letters, digits, marks (accents, vowel signs) and invisible joiners hold together.
-            if unicodedata.category(character)[0] in "PS":
+            if unicodedata.category(character)[0] in "PS" or _IDEOGRAPH.match(character):
                 if begin < position:
                     spans.append((begin, position))
                 spans.append((position, position + 1))

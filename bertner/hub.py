@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bertner.errors import ModelError, StorageError
+from bertner.errors import DataError, ModelError, StorageError
+
+logger = logging.getLogger("bertner")
 
 # What a model folder on the Hub is asked for; weights in other frameworks' formats stay there.
 _FILES = [
@@ -57,12 +63,13 @@ def find_model(name: str | Path, revision: str | None = None) -> ModelSource:
         return ModelSource(text, Path(text))
     if Path(text).exists():
         raise ModelError("is a file; give the folder that holds config.json and the weights", text)
-    if not _is_hub_id(text):
+    if not is_hub_id(text):
         raise ModelError("no such folder", text)
     return _download(text, revision)
 
 
-def _is_hub_id(text: str) -> bool:
+def is_hub_id(text: str) -> bool:
+    """Whether `text` can be a repository's name: `name` or `owner/name`."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text) is not None
 
 
@@ -83,42 +90,114 @@ def _folder_in_package(text: str) -> Path:
 
 
 def _download(name: str, revision: str | None) -> ModelSource:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    def snapshot(patterns: list[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-
     try:
-        folder = snapshot(_FILES + _SAFETENSORS)
-        if not any(folder.glob("*.safetensors")):
-            folder = snapshot(_FILES + _PICKLES)
-    except GatedRepoError:
-        raise ModelError("access to this model is restricted: run `hf auth login`", name) from None
-    except RevisionNotFoundError:
-        raise ModelError(f"has no revision {revision!r} on the Hub", name) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            "no such folder here and no such model on the Hub (private ones need `hf auth login`)",
-            name,
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise StorageError(unreachable(name, error)) from None
+        ask_hub(name, revision, "model")
+    except StorageError as error:
+        folder = None
+        with contextlib.suppress(StorageError):
+            folder = _snapshot(name, revision, cached=True)
+        if folder is None:
+            raise
+        logger.warning("%s: using the cached copy (%s)", name, _reason(error.__cause__))
+    else:
+        folder = _snapshot(name, revision, cached=False)
+    if not (folder / "config.json").is_file():
+        raise ModelError("has no config.json on the Hub", name)
     # In the Hub's cache a snapshot's folder is named by its commit.
     return ModelSource(name, folder, folder.name)
 
 
-def unreachable(name: str, error: Exception) -> str:
+def _snapshot(name: str, revision: str | None, *, cached: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, local_files_only=cached
+            )
+        )
+
+    with _hub_errors(name, revision, "model"):
+        folder = fetch(_FILES + _SAFETENSORS)
+        if not any((folder / whole_or_index).is_file() for whole_or_index in _SAFETENSORS[:2]):
+            folder = fetch(_FILES + _PICKLES)
+    return folder
+
+
+def ask_hub(name: str, revision: str | None, kind: str) -> Any:
+    """What the Hub knows of a "model" or "dataset": `id`, its name today, and `sha`, the commit.
+
+    One question, answered within HF_HUB_ETAG_TIMEOUT seconds (10). Without it an unreachable Hub
+    would go unnoticed for long: the client waits for some answers without limit, and for others
+    tries again for half a minute.
+
+    Raises:
+        ModelError: No such model, or no such revision of it.
+        DataError: The same for a dataset.
+        StorageError: The Hub cannot be reached; its cause says why.
+    """
+    from huggingface_hub import HfApi, constants
+
+    with _hub_errors(name, revision, kind):
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        return HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=timeout)
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, revision: str | None, kind: str) -> Iterator[None]:
+    """Turns what the Hub's client raises about a "model" or "dataset" into errors of ours."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wrong = ModelError if kind == "model" else DataError
+    try:
+        yield
+    except GatedRepoError:
+        raise wrong(
+            f"access to this {kind} is restricted: ask for it on the Hub, then run `hf auth login`",
+            name,
+        ) from None
+    except RevisionNotFoundError:
+        raise wrong(f"has no revision {revision or 'main'!r} on the Hub", name) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise wrong(
+            f"no such folder here and no such {kind} on the Hub (private ones need "
+            "`hf auth login`)",
+            name,
+        ) from None
+    except Exception as error:  # the network, the disk, a proxy that the HTTP library refuses
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise wrong(
+                "the Hub refuses your token: run `hf auth login` or unset HF_TOKEN", name
+            ) from None
+        raise StorageError(unreachable(name, error)) from error
+
+
+def io_errors() -> tuple[type[BaseException], ...]:
+    """What the Hub's client raises when the network or the disk fails.
+
+    That includes the exceptions of its HTTP library, which is another one (requests, httpx) in
+    other releases; the client's own error derives from them.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *HfHubHTTPError.__bases__)
+
+
+def unreachable(name: str, error: BaseException | None) -> str:
     """The message for when the Hub does not answer and the cache does not hold `name`."""
-    first_line = str(error).strip().split("\n", 1)[0]
     return (
         f"cannot get {name!r} from the Hugging Face Hub, and it is not in the local cache "
-        f"({type(error).__name__}: {first_line})\n"
+        f"({_reason(error)})\n"
         "Use a local folder, or try `bertner-train --quickstart`, which needs no network."
     )
+
+
+def _reason(error: BaseException | None) -> str:
+    first_line = str(error).strip().split("\n", 1)[0]
+    return f"{type(error).__name__}: {first_line}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from bertner.corpus import Corpus
 from bertner.errors import DataError, StorageError
-from bertner.hub import unreachable
+from bertner.hub import ask_hub, io_errors, is_hub_id, unreachable
 from bertner.labels import CONLL_TYPES, label_list
 from bertner.readers import corpus_from_table
 
@@ -24,6 +24,9 @@ CONLL2003_MIRRORS = (
 )
 CONLL2003_ROWS = {"train": 14041, "validation": 3250, "test": 3453}
 CONLL2003_LABELS = label_list(CONLL_TYPES)
+
+# The splits of a dataset, each with the names that it may have.
+_SPLITS = {"train": ["train"], "validation": ["validation", "valid", "dev"], "test": ["test"]}
 
 
 def read_dataset(
@@ -52,33 +55,73 @@ def read_dataset(
     """
     if name == "conll2003" and not Path(name).exists():
         return _read_conll2003(text_column, label_column)
+    splits = _load_dataset(name, config_name, None)
     corpora = {}
-    for split, dataset in _load_dataset(name, config_name, None).items():
-        split = {"dev": "validation", "valid": "validation"}.get(split, split)
-        if split in CONLL2003_ROWS:
+    for split, names in _SPLITS.items():
+        found = next((each for each in names if each in splits), None)
+        if found is not None:
             corpora[split] = _from_dataset(
-                dataset, f"{name}[{split}]", text_column, label_column, label_names
+                splits[found], f"{name}[{found}]", text_column, label_column, label_names
             )
     if "train" not in corpora:
-        raise DataError("has no train split", name)
+        raise DataError(f"has no train split but {', '.join(splits)}", name)
     return corpora
 
 
 def _load_dataset(name: str, config_name: str | None, revision: str | None) -> Any:
+    """The splits of a folder or Hub dataset, by name."""
+    if Path(name).is_dir():
+        return _load(name, name, config_name, None)
+    if Path(name).exists():
+        raise DataError("is a file; give it as --train_file", name)
+    if not is_hub_id(name):
+        raise DataError("no such folder", name)
+    try:
+        info = ask_hub(name, revision, "dataset")
+    except StorageError:
+        splits = _load_cached(name, config_name)
+        if splits is None:
+            raise
+        return splits
+    # By its name of today, as `datasets` can no longer read ids without an owner; and at the
+    # commit, for which it asks no other server than the Hub.
+    return _load(name, info.id, config_name, info.sha)
+
+
+def _load(name: str, path: str, config_name: str | None, revision: str | None) -> Any:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError, DefunctDatasetError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from datasets.exceptions import DatasetGenerationError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return datasets.load_dataset(name, config_name, revision=revision)
-    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        missing = isinstance(error, DatasetNotFoundError | DefunctDatasetError)
-        if missing and not isinstance(error.__cause__, ConnectionError):
-            raise DataError("no such dataset on the Hub, and no such folder", name) from None
-        raise StorageError(unreachable(name, error)) from None
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        return datasets.load_dataset(path, config_name, revision=revision)
+    except Exception as error:  # of a bad file, whatever the library that reads it raises
+        cause: BaseException = error
+        # This very class is an empty wrapping; its subclasses speak for themselves.
+        if type(error) is DatasetGenerationError and error.__cause__ is not None:
+            cause = error.__cause__
+        lines = [line.strip() for line in str(cause).split("\n") if line.strip()]
+        reason = " ".join(lines[:2]) or type(cause).__name__
+        # FileNotFoundError: the dataset has no such file, or the connection was lost on the way.
+        lost = any(isinstance(each, LocalEntryNotFoundError) for each in (cause, cause.__cause__))
+        absent = isinstance(cause, FileNotFoundError) and not lost
+        if isinstance(cause, io_errors()) and not absent:
+            raise StorageError(f"{name}: cannot be loaded: {reason}") from error
         raise DataError(f"cannot be loaded as a dataset: {reason}", name) from None
+
+
+def _load_cached(name: str, config_name: str | None) -> Any:
+    """What `datasets` has prepared before; None if it has not."""
+    import datasets
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True  # or it tries to reach the Hub for half a minute
+    try:
+        return datasets.load_dataset(name, config_name)
+    except (ConnectionError, ValueError):
+        return None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _from_dataset(
@@ -88,36 +131,48 @@ def _from_dataset(
     label_column: str,
     label_names: Sequence[str] | None,
 ) -> Corpus:
-    feature = dataset.features.get(label_column)
-    names = getattr(getattr(feature, "feature", None), "names", None) or label_names
+    names = _class_names(dataset, label_column) or label_names
     table = dataset.with_format("arrow")[:]
     return corpus_from_table(table, source, text_column, label_column, names)
 
 
+def _class_names(dataset: Any, column: str) -> list[str] | None:
+    """The names of a column of lists of ClassLabel; None if it is something else."""
+    feature = dataset.features.get(column)
+    # Before release 4, `datasets` has lists as Python lists too.
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return getattr(inner, "names", None)
+
+
 def _read_conll2003(text_column: str, label_column: str) -> dict[str, Corpus]:
     """The alias: the first mirror that answers with the right rows and label order."""
-    failures: list[str] = []
-    unreachable_hub: StorageError | None = None
+    failures: list[DataError] = []
+    hub_down: StorageError | None = None
     for name, revision in CONLL2003_MIRRORS:
         try:
-            splits = _load_dataset(name, None, revision)
-            _check_conll2003(splits, name)
+            # Each question that the Hub does not answer costs seconds: one is enough.
+            if hub_down is None:
+                splits = _load_dataset(name, None, revision)
+            else:
+                splits = _load_cached(name, None)
+            if splits is not None:
+                _check_conll2003(splits, name)
         except StorageError as error:
-            unreachable_hub = error
+            hub_down = error
             continue
         except DataError as error:
-            failures.append(str(error))
+            failures.append(error)
+            continue
+        if splits is None:
             continue
         logger.info("conll2003 from %s%s", name, f" at {revision}" if revision else "")
         return {
             split: _from_dataset(splits[split], f"{name}[{split}]", text_column, label_column, None)
             for split in CONLL2003_ROWS
         }
-    if unreachable_hub is not None and not failures:
-        raise StorageError(
-            str(unreachable_hub).replace(repr(CONLL2003_MIRRORS[-1][0]), "conll2003")
-        )
-    raise DataError("no mirror holds it: " + "; ".join(failures), "conll2003")
+    if hub_down is not None:
+        raise StorageError(unreachable("conll2003", hub_down.__cause__)) from hub_down
+    raise DataError("no mirror holds it: " + "; ".join(map(str, failures)), "conll2003")
 
 
 def _check_conll2003(splits: Any, name: str) -> None:
@@ -126,7 +181,6 @@ def _check_conll2003(splits: Any, name: str) -> None:
             raise DataError(f"has no {split} split", name)
         if len(splits[split]) != rows:
             raise DataError(f"has {len(splits[split])} rows in {split} instead of {rows}", name)
-        feature = splits[split].features.get("ner_tags")
-        names = getattr(getattr(feature, "feature", None), "names", None)
+        names = _class_names(splits[split], "ner_tags")
         if names != CONLL2003_LABELS:
             raise DataError(f"names its labels {names} instead of {CONLL2003_LABELS}", name)

@@ -7,6 +7,7 @@ corpus of millions of words costs a few array operations.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,7 +107,7 @@ def split_tag(tag: str) -> tuple[int, str | None]:
         return O, None
     prefix, hyphen, kind = tag.partition("-")
     if not hyphen or not kind or prefix not in _PREFIXES:
-        raise ValueError(f"tag {tag!r} has no B-, I-, E- or S- in front of its type")
+        raise ValueError(f"tag {reprlib.repr(tag)} has no B-, I-, E- or S- in front of its type")
     return _PREFIXES[prefix], kind
 
 
@@ -137,11 +138,9 @@ def find_spans(prefixes: IntArray, types: IntArray, starts: IntArray) -> Spans:
     begins |= ((prefixes == I) | (prefixes == E)) & ((before == O) | (before == E) | (before == S))
     begins |= inside & (types != type_before)
     # A word inside an entity that begins none belongs to the one before it, so an entity runs from
-    # its beginning to the next beginning, O, or end of sentence.
+    # its beginning to the next beginning or O, and a sentence's first word is always one of these.
     first = np.flatnonzero(begins)
-    stops = begins | ~inside
-    stops[starts[starts < len(prefixes)]] = True
-    stop_at = np.append(np.flatnonzero(stops), len(prefixes))
+    stop_at = np.append(np.flatnonzero(begins | ~inside), len(prefixes))
     last = stop_at[np.searchsorted(stop_at, first, side="right")]
     return Spans(first, last, types[first].astype(np.int64))
 
@@ -162,28 +161,33 @@ class Scheme:
 def detect_scheme(prefixes: IntArray, types: IntArray, starts: IntArray) -> Scheme:
     """Tells IOB1, IOB2 and BIOES apart by where their prefixes stand.
 
-    BIOES is known by its E and S. In IOB1 an entity begins with I, and with B only right after one
-    of the same type; in IOB2 it always begins with B. The one with fewer exceptions wins, IOB2 if
-    they are equal.
+    In IOB1 an entity begins with I, and with B only right after one of the same type; in IOB2 it
+    always begins with B; neither has E or S. In BIOES an entity of one word is S, and a longer one
+    begins with B and ends with E. The scheme with the fewest exceptions wins, so a few slips do not
+    hide what a file is; on a tie it is BIOES if there is an E or S, and IOB2 if not.
     """
     before = np.concatenate([[O], prefixes[:-1]])
     type_before = np.concatenate([[-1], types[:-1]])
     before[starts[starts < len(prefixes)]] = O
     same = (before != O) & (type_before == types)
-    if np.any(prefixes >= E):
+    foreign = prefixes >= E
+    wrong = {
+        "IOB2": ((prefixes == I) & ~same) | foreign,
+        "IOB1": ((prefixes == B) & ~same) | foreign,
+    }
+    if np.any(foreign):
         open_before = same & ((before == B) | (before == I))
         after = np.concatenate([prefixes[1:], [O]])
         after[starts[starts > 0] - 1] = O
         same_after = np.concatenate([types[1:] == types[:-1], [False]])
         goes_on = ((after == I) | (after == E)) & same_after
-        wrong = ((prefixes == I) | (prefixes == E)) & ~open_before
-        wrong |= ((prefixes == B) | (prefixes == I)) & ~goes_on
-        return Scheme("BIOES", np.flatnonzero(wrong))
-    wrong_in_iob2 = (prefixes == I) & ~same
-    wrong_in_iob1 = (prefixes == B) & ~same
-    if np.count_nonzero(wrong_in_iob1) < np.count_nonzero(wrong_in_iob2):
-        return Scheme("IOB1", np.flatnonzero(wrong_in_iob1))
-    return Scheme("IOB2", np.flatnonzero(wrong_in_iob2))
+        needs_before = (prefixes == I) | (prefixes == E)
+        needs_after = (prefixes == B) | (prefixes == I)
+        bioes = (needs_before & ~open_before) | (needs_after & ~goes_on)
+        wrong = {"BIOES": bioes, **wrong}
+    # Of equals, min takes the first.
+    name = min(wrong, key=lambda name: int(np.count_nonzero(wrong[name])))
+    return Scheme(name, np.flatnonzero(wrong[name]))
 
 
 def to_iob2(prefixes: IntArray, types: IntArray, starts: IntArray) -> IntArray:

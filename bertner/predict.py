@@ -68,6 +68,8 @@ class Tagger:
 
     def __call__(self, texts: Sequence[str]) -> list[list[Entity]]:
         """Entities of each text, in order; a text longer than the model's window is no problem."""
+        if isinstance(texts, str):
+            raise TypeError("give a list of texts: tagger([text])")
         entities: list[list[Entity]] = [[] for _ in texts]
         word_spans = [split_words(text) for text in texts]
         # A text without words has no entities, and would be a sentence without words below.

@@ -6,14 +6,20 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from reprlib import repr as short  # what a message shows of a value from a file
 from typing import Any
-
-import numpy as np
 
 from bertner.corpus import Corpus, CorpusBuilder, split_words
 from bertner.errors import DataError, StorageError
+
+# Characters that JSON and parquet can smuggle in and that no tokenizer takes: NUL, and halves of
+# UTF-16 pairs.
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
+
+# Columns of a table that tell documents apart.
+_DOCUMENT_COLUMNS = ("document_id", "doc_id")
 
 
 def read_file(
@@ -23,7 +29,7 @@ def read_file(
     label_column: str = "ner_tags",
     label_names: Sequence[str] | None = None,
 ) -> Corpus:
-    """Reads an annotated file; its ending and first line tell the format.
+    """Reads an annotated file; its ending tells the format.
 
     Args:
         path: `.json`/`.jsonl` (one object a line), `.parquet`, or CoNLL columns (any other ending).
@@ -33,41 +39,57 @@ def read_file(
 
     Raises:
         DataError: The file is missing, damaged, or breaks its format; says where and how to fix it.
+        StorageError: The file is there but the disk fails, or it may not be read.
     """
     path = Path(path)
-    try:
-        if path.suffix == ".parquet":
-            return _read_parquet(path, text_column, label_column, label_names)
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError("no such file", path) from None
-    except IsADirectoryError:
-        raise DataError("is a folder; give a file in it", path) from None
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
+    content = _read_bytes(path)
+    sha256 = hashlib.sha256(content).hexdigest()
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        return _read_parquet(content, path, text_column, label_column, label_names, sha256)
     text = _decode(content, path)
     builder = CorpusBuilder(str(path), label_names)
-    if path.suffix in (".json", ".jsonl"):
+    if ending in (".json", ".jsonl"):
         _read_json_lines(text, builder, text_column, label_column)
     else:
         _read_conll(text, builder)
-    return builder.finish(hashlib.sha256(content).hexdigest())
+    return builder.finish(sha256)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError("no such file; check the path", path) from None
+    except IsADirectoryError:
+        raise DataError("is a folder; give a file in it", path) from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _decode(content: bytes, path: Path) -> str:
     if b"\0" in content:
         line = content.count(b"\n", 0, content.index(b"\0")) + 1
-        raise DataError("holds a NUL byte: not a text file, or damaged", path, line)
+        raise DataError(
+            "holds a NUL byte, so it is damaged, no text, or UTF-16 "
+            "(which iconv -f utf-16 -t utf-8 converts)",
+            path,
+            line,
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        # Where it is counts from after the byte order mark, and so does `error.object`.
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"byte 0x{content[error.start]:02x} is not UTF-8; convert the file "
+            f"byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file "
             "(iconv -f latin1 -t utf-8)",
             path,
             line,
         ) from None
+
+
+_SPACES = re.compile(" +")
 
 
 def _read_conll(text: str, builder: CorpusBuilder) -> None:
@@ -78,15 +100,22 @@ def _read_conll(text: str, builder: CorpusBuilder) -> None:
     num_columns = 0
     # Only \n ends a line: U+2028, U+0085 and their like may be words.
     for number, line in enumerate(text.split("\n"), 1):
-        stripped = line.strip(" \t\r")
-        if not stripped or stripped.startswith("-DOCSTART-"):
+        row = line.rstrip(" \t\r")
+        if not row or row == "-DOCSTART-" or row.startswith(("-DOCSTART- ", "-DOCSTART-\t")):
             builder.add(words, tags, lines)
             words, tags, lines = [], [], []
-            if stripped:
+            if row:
                 builder.document += bool(builder.documents)
             continue
+        if "\r" in row:
+            raise DataError(
+                "a carriage return within the line; if it ends lines, convert the file "
+                "(tr '\\r' '\\n')",
+                builder.source,
+                number,
+            )
         # With tabs an empty or spaced word is possible; without, runs of spaces part the columns.
-        columns = line.rstrip("\r").split("\t") if "\t" in stripped else re.split(" +", stripped)
+        columns = row.split("\t") if "\t" in row else _SPACES.split(row.lstrip(" "))
         if len(columns) < 2 or (num_columns and len(columns) != num_columns):
             wanted = f"{num_columns} as above" if num_columns else "2 or more: word ... tag"
             raise DataError(
@@ -97,7 +126,7 @@ def _read_conll(text: str, builder: CorpusBuilder) -> None:
             )
         num_columns = len(columns)
         words.append(columns[0])
-        tags.append(columns[-1].strip())
+        tags.append(columns[-1])
         lines.append(number)
     builder.add(words, tags, lines)
 
@@ -119,48 +148,77 @@ def _read_json_lines(
                 number,
             ) from None
         if not isinstance(record, dict):
-            raise DataError("must be one JSON object a line", builder.source, number)
-        if "text" in record and "entities" in record:
-            spans = split_words(_checked_text(record["text"], builder, number))
-            words = [record["text"][start:end] for start, end in spans]
-            tags = _tags_from_entities(record, spans, builder, number)
-        elif text_column in record and label_column in record:
+            raise DataError(
+                "each line must be one JSON object, such as "
+                '{"tokens": ["Paris"], "ner_tags": ["B-LOC"]}',
+                builder.source,
+                number,
+            )
+        if text_column in record and label_column in record:
             words, tags = record[text_column], record[label_column]
             _check_columns(words, tags, builder, number, text_column, label_column)
             tags = _named_tags(tags, builder, number)
+        elif "text" in record and "entities" in record:
+            spans = split_words(_checked_text(record["text"], builder, number))
+            words = [record["text"][start:end] for start, end in spans]
+            tags = _tags_from_entities(record, spans, builder, number)
         else:
             raise DataError(
                 f"needs {text_column!r} and {label_column!r}, or 'text' and 'entities', but has "
-                f"{', '.join(map(repr, record)) or 'nothing'} "
-                "(--text_column_name and --label_column_name name other keys)",
+                f"{_listed(record)} (--text_column_name and --label_column_name name other keys)",
                 builder.source,
                 number,
             )
         builder.add(words, tags, [number] * len(words))
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Names of keys or columns for a message, which is to stay short."""
+    names = list(names)
+    shown = ", ".join(map(short, names[:8]))
+    return shown + ", ..." if len(names) > 8 else shown or "nothing"
+
+
 def _checked_text(text: Any, builder: CorpusBuilder, number: int) -> str:
     if not isinstance(text, str):
-        raise DataError("'text' must be a string", builder.source, number)
-    if "\0" in text:
-        raise DataError("'text' holds a NUL character", builder.source, number)
+        raise DataError(f"'text' must be a string, not {short(text)}", builder.source, number)
+    _check_characters(text, builder, number)
     return text
+
+
+def _check_characters(text: str, builder: CorpusBuilder, number: int) -> None:
+    unusable = _UNUSABLE.search(text)
+    if unusable:
+        raise DataError(
+            f"holds U+{ord(unusable.group()):04X}, which stands for no character; remove it",
+            builder.source,
+            number,
+        )
 
 
 def _check_columns(
     words: Any, tags: Any, builder: CorpusBuilder, number: int, text_column: str, label_column: str
 ) -> None:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise DataError(f"{text_column!r} must be a list of strings", builder.source, number)
-    if not isinstance(tags, list) or len(tags) != len(words):
-        count = len(tags) if isinstance(tags, list) else "no list of"
         raise DataError(
-            f"{len(words)} words in {text_column!r} but {count} tags in {label_column!r}",
+            f"{text_column!r} must be a list of strings, not {short(words)}",
             builder.source,
             number,
         )
-    if any("\0" in word for word in words):
-        raise DataError("a word holds a NUL character", builder.source, number)
+    if not isinstance(tags, list):
+        raise DataError(
+            f"{label_column!r} must be a list of tags, not {short(tags)}",
+            builder.source,
+            number,
+        )
+    if len(tags) != len(words):
+        raise DataError(
+            f"{len(words)} words in {text_column!r} but {len(tags)} tags in {label_column!r}; "
+            "each word needs one tag",
+            builder.source,
+            number,
+        )
+    _check_characters("".join(words), builder, number)
 
 
 def _named_tags(tags: Sequence[Any], builder: CorpusBuilder, number: int) -> list[str]:
@@ -171,21 +229,26 @@ def _named_tags(tags: Sequence[Any], builder: CorpusBuilder, number: int) -> lis
         if isinstance(tag, int) and not isinstance(tag, bool):
             if names is None:
                 raise DataError(
-                    f"tag {tag} is an integer; name them, in order, with "
+                    f"tag {short(tag)} is an integer; name them, in order, with "
                     "--label_names O,B-PER,I-PER,...",
                     builder.source,
                     number,
                 )
             if not 0 <= tag < len(names):
                 raise DataError(
-                    f"tag {tag} is outside the {len(names)} label names", builder.source, number
+                    f"tag {short(tag)} is outside the {len(names)} label names, whose "
+                    "numbers begin at 0; correct it, or name all labels",
+                    builder.source,
+                    number,
                 )
             named.append(names[tag])
         elif isinstance(tag, str):
             named.append(tag)
         else:
             raise DataError(
-                f"tag {tag!r} is neither a string nor an integer", builder.source, number
+                f'tag {short(tag)} is neither a string, such as "B-PER", nor an integer',
+                builder.source,
+                number,
             )
     return named
 
@@ -200,64 +263,74 @@ def _tags_from_entities(
 
     text = record["text"]
     if not isinstance(record["entities"], list):
-        raise problem("'entities' must be a list")
+        raise problem(f"'entities' must be a list, not {short(record['entities'])}")
     entities = []
     for entity in record["entities"]:
         try:
             start, end, label = entity["start"], entity["end"], entity["label"]
         except (TypeError, KeyError):
-            raise problem(f"entity {entity!r} needs start, end and label") from None
+            raise problem(f"entity {short(entity)} needs start, end and label") from None
         if type(start) is not int or type(end) is not int or not isinstance(label, str):
-            raise problem(f"entity {entity!r}: start and end must be integers, label a string")
-        if not label:
-            raise problem(f"entity {entity!r} has an empty label")
+            raise problem(f"entity {short(entity)}: start and end must be integers, label a string")
+        if not label.strip():
+            raise problem(f"entity {short(entity)} has an empty label")
         if not 0 <= start < end <= len(text):
             raise problem(
-                f"entity {start}-{end} is outside the text, which has {len(text)} characters; "
-                "offsets count characters from 0, and end is exclusive"
+                f"entity {short(start)}-{short(end)} is outside the text, which has {len(text)} "
+                "characters; offsets count characters from 0, and end is exclusive"
             )
         entities.append((start, end, label))
     entities.sort()
     for (start, end, label), (next_start, next_end, next_label) in itertools.pairwise(entities):
         if next_start < end:
             raise problem(
-                f"entities overlap: {label} {start}-{end} and {next_label} "
-                f"{next_start}-{next_end}; keep one of them"
+                f"entities overlap: {short(label)} {start}-{end} and "
+                f"{short(next_label)} {next_start}-{next_end}; keep one of them"
             )
     tags = ["O"] * len(spans)
-    starts = [start for start, _ in spans]
+    word_at_start = {start: k for k, (start, _) in enumerate(spans)}
+    word_at_end = {end: k for k, (_, end) in enumerate(spans)}
     for start, end, label in entities:
-        first, last = np.searchsorted(starts, [start, end])
         # White space at an entity's border is forgiven; half a word is not.
-        inside = range(int(first), int(last))
-        whole = "".join(text[spans[k][0] : spans[k][1]] for k in inside)
-        if not inside or whole != "".join(text[start:end].split()):
+        annotated = text[start:end]
+        first = word_at_start.get(end - len(annotated.lstrip()))
+        last = word_at_end.get(start + len(annotated.rstrip()))
+        if first is None or last is None or last < first:
             raise problem(
-                f"entity {label} {start}-{end} {text[start:end]!r} does not begin and end between "
-                "words; move its offsets to the borders of words"
+                f"entity {short(label)} {start}-{end} {short(annotated)} does not "
+                "begin and end between words; move its offsets to the borders of words"
             )
-        for k in inside:
-            tags[k] = f"{'B' if k == first else 'I'}-{label}"
+        tags[first] = f"B-{label}"
+        tags[first + 1 : last + 1] = [f"I-{label}"] * (last - first)
     return tags
 
 
 def _read_parquet(
-    path: Path, text_column: str, label_column: str, label_names: Sequence[str] | None
+    content: bytes,
+    path: Path,
+    text_column: str,
+    label_column: str,
+    label_names: Sequence[str] | None,
+    sha256: str,
 ) -> Corpus:
     import pyarrow
     import pyarrow.parquet
 
-    if not path.is_file():
-        raise DataError("no such file", path)
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"not a readable parquet file: {error}", path) from None
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
+        table.validate(full=True)
+        _ = table.column_names  # decodes them
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise DataError(
+            f"not a readable parquet file ({reason}); write it again, or give it the ending of "
+            "what it is",
+            path,
+        ) from None
     if label_names is None:
         # Files that `datasets` writes carry the names of their integer tags.
         metadata = (table.schema.metadata or {}).get(b"huggingface")
         label_names = _class_label_names(metadata, label_column)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return corpus_from_table(table, str(path), text_column, label_column, label_names, sha256)
 
 
@@ -266,9 +339,12 @@ def _class_label_names(metadata: bytes | None, label_column: str) -> list[str] |
         features = json.loads(metadata or b"{}")["info"]["features"][label_column]
         # "feature" since datasets 4, an unnamed list before.
         inner = features["feature"] if isinstance(features, dict) else features[0]
-        return list(inner["names"])
-    except (KeyError, TypeError, IndexError, ValueError):
+        names = inner["names"]
+    except (KeyError, TypeError, IndexError, ValueError, RecursionError):
         return None
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return names
+    return None
 
 
 def corpus_from_table(
@@ -290,17 +366,12 @@ def corpus_from_table(
         sha256: Of the file; None to hash words and tags.
     """
     for column in (text_column, label_column):
-        if column not in table.column_names:
-            raise DataError(
-                f"has no column {column!r} but {', '.join(table.column_names)} "
-                "(--text_column_name and --label_column_name name other columns)",
-                source,
-            )
+        _check_list_column(table, column, source)
     builder = CorpusBuilder(source, label_names)
-    documents = _document_numbers(table)
+    documents = _document_numbers(table, source)
     digest = hashlib.sha256()
     columns = zip(
-        table.column(text_column).to_pylist(), table.column(label_column).to_pylist(), strict=True
+        _values(table, text_column, source), _values(table, label_column, source), strict=True
     )
     for number, (words, tags) in enumerate(columns, 1):
         _check_columns(words, tags, builder, number, text_column, label_column)
@@ -312,20 +383,53 @@ def corpus_from_table(
     return builder.finish(sha256 or digest.hexdigest())
 
 
-def _document_numbers(table: Any) -> list[int] | None:
-    for column in ("document_id", "doc_id"):
+def _check_list_column(table: Any, column: str, source: str) -> None:
+    import pyarrow.types as kinds
+
+    names = table.column_names
+    if column not in names:
+        raise DataError(
+            f"has no column {column!r} but {_listed(names)} "
+            "(--text_column_name and --label_column_name name other columns)",
+            source,
+        )
+    if names.count(column) > 1:
+        raise DataError(f"has {names.count(column)} columns {column!r}; keep one", source)
+    kind = table.schema.field(column).type
+    if not (kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)):
+        raise DataError(
+            f"column {column!r} must hold a list in each record, one element a word, not {kind}",
+            source,
+        )
+
+
+def _values(table: Any, column: str, source: str) -> list[Any]:
+    """The values of a column as Python objects."""
+    try:
+        values: list[Any] = table.column(column).to_pylist()
+    except (ValueError, OverflowError) as error:  # strings that are not UTF-8, impossible dates
+        raise DataError(f"column {column!r} holds what cannot be read: {error}", source) from None
+    return values
+
+
+def _document_numbers(table: Any, source: str) -> list[int] | None:
+    for column in _DOCUMENT_COLUMNS:
         if column in table.column_names:
             numbers: dict[Any, int] = {}
-            values = table.column(column).to_pylist()
-            return [numbers.setdefault(value, len(numbers)) for value in values]
+            values = _values(table, column, source)
+            try:
+                return [numbers.setdefault(value, len(numbers)) for value in values]
+            except TypeError:
+                raise DataError(
+                    f"column {column!r} must hold one string or integer a record", source
+                ) from None
     return None
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
     """Lines of a plain text file, without their ends; checked as in `read_file`."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", path) from None
-    for line in _decode(content, Path(path)).split("\n"):
+    lines = _decode(_read_bytes(Path(path)), Path(path)).split("\n")
+    if not lines[-1]:
+        lines.pop()  # a file ends with the end of its last line
+    for line in lines:
         yield line.rstrip("\r")

@@ -301,7 +301,7 @@ def _announce(config: TrainConfig, parts: _Parts, total_steps: int) -> None:
 def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, Any]:
     """The contents of run.json: everything that it takes to do this run again."""
     source, device = parts.source, parts.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "recipe": recipe,
@@ -332,8 +332,18 @@ def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, An
                 for package in ("torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
             },
         },
-        "device": f"{device.type}, {name or platform.machine()}, {torch.get_num_threads()} threads",
+        "device": f"{device.type}, {name}, {torch.get_num_threads()} threads",
     }
+
+
+def processor_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _load_weights(model: BertForNER, folder: Path) -> None:

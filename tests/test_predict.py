@@ -74,3 +74,8 @@ def test_a_text_longer_than_the_window_is_read_to_its_end(tagger: Tagger) -> Non
 
 def test_nothing_in_nothing_out(tagger: Tagger) -> None:
     assert tagger([]) == []
+
+
+def test_a_bare_string_is_not_a_list_of_letters(tagger: Tagger) -> None:
+    with pytest.raises(TypeError, match="list of texts"):
+        tagger("Paris")

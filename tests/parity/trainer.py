@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
+    EvalPrediction,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -84,8 +86,12 @@ def train_with_trainer(
     output_dir: Path,
     *,
     evaluation: TokenDataset | None = None,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
 ) -> _Recorder:
-    """Runs the real Trainer from a saved starting point with bertner's recipe and rows."""
+    """Runs the real Trainer from a saved starting point with bertner's recipe and rows.
+
+    It evaluates during training only if it is told how, by `compute_metrics`.
+    """
     model = AutoModelForTokenClassification.from_pretrained(
         folder, attn_implementation=config.attn_implementation
     )
@@ -107,7 +113,7 @@ def train_with_trainer(
         report_to=[],
         logging_steps=10**6,
         save_strategy="no",
-        eval_strategy="no",
+        eval_strategy="no" if compute_metrics is None else config.eval_strategy,
         disable_tqdm=True,
     )
     trainer = _Recorder(
@@ -117,6 +123,7 @@ def train_with_trainer(
         eval_dataset=None if evaluation is None else rows_for_trainer(evaluation),
         data_collator=DataCollatorForTokenClassification(hf_tokenizer),
         callbacks=[_SeedDropout(config.seed)],
+        compute_metrics=compute_metrics,
     )
     trainer.recorded = []
     trainer.train()
