@@ -72,18 +72,18 @@ def model_card(facts: RunFacts) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def data_name(facts_or_source: str) -> str:
+def data_name(source: str) -> str:
     """A data source as a card shows it: Hub datasets in full, files without their folders."""
     package = Path(__file__).parent
-    path = Path(facts_or_source)
+    path = Path(source)
     if path.is_relative_to(package):
         return str(Path("bertner") / path.relative_to(package))
-    return path.name if path.is_absolute() or path.exists() else facts_or_source
+    return path.name if path.is_absolute() or path.exists() else source
 
 
 def _metadata(facts: RunFacts, name: str) -> ModelCardData:
-    dataset = data_name(facts.config.train_source)
-    is_hub_dataset = facts.config.train_file is None
+    source = facts.config.train_source
+    is_hub_dataset = facts.config.train_file is None and not Path(source).exists()
     results = []
     for split, evaluation in facts.evaluations.items():
         for level, scores in (("word", evaluation.word), ("subword", evaluation.subword)):
@@ -97,8 +97,8 @@ def _metadata(facts: RunFacts, name: str) -> ModelCardData:
                 EvalResult(
                     task_type="token-classification",
                     task_name="Token Classification",
-                    dataset_type=dataset if is_hub_dataset else "custom",
-                    dataset_name=f"{dataset}, {level} level",
+                    dataset_type=source if is_hub_dataset else "custom",
+                    dataset_name=data_name(facts.corpora[split].source),
                     dataset_split=split,
                     metric_type=metric,
                     metric_name=f"{metric} ({level} level)",
@@ -113,7 +113,7 @@ def _metadata(facts: RunFacts, name: str) -> ModelCardData:
         pipeline_tag="token-classification",
         tags=["bertner", "named-entity-recognition", "token-classification", "bert"],
         base_model=facts.base_model if is_hub_model else None,
-        datasets=[dataset] if is_hub_dataset else None,
+        datasets=[source] if is_hub_dataset else None,
         model_name=name,
         eval_results=results or None,
     )
@@ -125,7 +125,7 @@ def _summary(facts: RunFacts) -> str:
     return (
         f"A token classifier that finds {', '.join(types)} entities in text: "
         f"`{facts.base_model}`{commit} fine-tuned on `{data_name(facts.config.train_source)}` "
-        f"with [bertner](https://pypi.org/project/bertner/) {__version__}. BERT encoder of "
+        f"with bertner {__version__}. BERT encoder of "
         f"{facts.model.shape}, {facts.num_parameters:,} parameters, "
         f"{'uncased' if facts.lowercase else 'cased'}, rows of up to {facts.max_length} tokens."
     )
@@ -203,12 +203,16 @@ def _data(facts: RunFacts) -> str:
                 f"`{corpus.sha256[:16]}`",
             ]
         )
+    config = facts.config
+    subset = ""
+    if config.max_train_samples or config.max_eval_samples:
+        subset = " Only the first sentences of a source were used, as counted here."
     header = ["Split", "Source", "Documents", "Sentences", "Words", "Entities", "Tags", "SHA-256"]
     return (
         _table(header, rows)
         + "\n\nThe hash begins the SHA-256 of the file, or of the words and tags of a dataset; "
-        f"`run.json` has it whole. One pass over the training data is {facts.num_train_tokens:,} "
-        "tokens, special tokens included. Labels, in order: "
+        f"`run.json` has it whole.{subset} One pass over the training data is "
+        f"{facts.num_train_tokens:,} tokens, special tokens included. Labels, in order: "
         + ", ".join(f"`{label}`" for label in facts.model.label_names)
         + "."
     )
@@ -224,7 +228,9 @@ def _procedure(facts: RunFacts) -> str:
     )
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     clipping = f"{config.max_grad_norm:g}" if config.max_grad_norm else "off"
-    kept = "best" if config.load_best_model_at_end else "last"
+    kept = "last"
+    if config.load_best_model_at_end:
+        kept = f"best by {config.metric_for_best_model} on the validation data"
     lines = [
         f"- learning_rate: {config.learning_rate:g}, linear decay to zero, {warmup} warmup steps",
         f"- train_batch_size: {config.per_device_train_batch_size} sentences x "
@@ -238,7 +244,7 @@ def _procedure(facts: RunFacts) -> str:
         f"- epochs: {result.epoch:g}, steps: {result.step}",
         f"- seed: {config.seed}",
         f"- dtype: {config.dtype}, attention: {config.attn_implementation}",
-        f"- kept weights: the {kept}, of step {facts.kept_step}",
+        f"- kept weights: the {kept}: step {facts.kept_step}",
         f"- hardware: {facts.device}",
         f"- time: {result.runtime:.0f} s in all, {result.steps_per_second:.2f} steps/s, "
         f"{result.tokens_per_second:,.0f} tokens/s without padding",

@@ -25,6 +25,8 @@ from bertner.errors import ModelError, StorageError
 
 Shape = tuple[int, ...]
 
+_FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names
+
 
 def canonical_name(name: str) -> str | None:
     """The name that `transformers` gives today to a tensor of a BERT checkpoint.
@@ -70,12 +72,16 @@ class Weights:
         """The tensor as float32, in memory of its own rather than mapped from the file."""
         return self._read[name]().to(torch.float32, copy=True)
 
-    def _add(self, path: Path, raw: str, shape: Shape, read: Callable[[], Tensor]) -> None:
+    def _add(
+        self, path: Path, raw: str, shape: Shape, is_floating: bool, read: Callable[[], Tensor]
+    ) -> None:
         name = canonical_name(raw)
         if name is None:
             return
         if name in self.shapes:
             raise ModelError(f"holds {name} twice", path)
+        if not is_floating:
+            raise ModelError(f"{name} holds integers; quantised weights cannot be trained", path)
         self.shapes[name] = shape
         self._read[name] = read
 
@@ -84,8 +90,10 @@ class Weights:
             # The handle stays open as long as a reader of one of its tensors does.
             file: Any = safe_open(path, framework="pt")
             for raw in file.keys():  # noqa: SIM118 - not a mapping
-                shape = tuple(file.get_slice(raw).get_shape())
-                self._add(path, raw, shape, lambda raw=raw: file.get_tensor(raw))  # type: ignore[misc]
+                part = file.get_slice(raw)
+                is_floating = part.get_dtype() in _FLOATING
+                read = lambda raw=raw: file.get_tensor(raw)  # noqa: E731
+                self._add(path, raw, tuple(part.get_shape()), is_floating, read)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"not a readable safetensors file: {error}", path) from None
 
@@ -105,7 +113,8 @@ class Weights:
         for raw, tensor in content.items():
             if not isinstance(raw, str) or not isinstance(tensor, Tensor):
                 raise ModelError(f"holds {raw!r}, which is no tensor", path)
-            self._add(path, raw, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+            read = lambda tensor=tensor: tensor  # noqa: E731
+            self._add(path, raw, tuple(tensor.shape), tensor.is_floating_point(), read)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -197,7 +206,8 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file; it appears whole or not at all."""
     with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # File names need not be text: what is none comes out as an escape, which JSON has too.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -243,7 +253,8 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """The checkpoints of a run as (step, folder), oldest first."""
     found = []
     for folder in output_dir.glob("checkpoint-*"):
-        if (match := _CHECKPOINT.fullmatch(folder.name)) and folder.is_dir():
+        match = _CHECKPOINT.fullmatch(folder.name)
+        if match and folder.is_dir() and not folder.is_symlink():
             found.append((int(match[1]), folder))
     return sorted(found)
 
@@ -293,4 +304,6 @@ def remove_run(output_dir: Path, files: list[str]) -> None:
     for folder in output_dir.glob(f"{_STAGING}checkpoint-*"):
         shutil.rmtree(folder)
     for name in files:
+        for unfinished in output_dir.glob(f".{name}.*.tmp"):
+            unfinished.unlink()
         (output_dir / name).unlink(missing_ok=True)

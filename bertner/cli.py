@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 from bertner import __version__
 from bertner.config import RECIPES, TrainConfig, read_settings
-from bertner.errors import BertnerError, StorageError
+from bertner.errors import BertnerError, StorageError, UsageError
 
 SAMPLE = Path(__file__).parent / "sample"
 
@@ -102,12 +103,13 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> tuple[TrainCon
     recipe = given.pop("recipe", "quickstart" if quickstart else "card")
     config_file = given.pop("config", None)
     settings = dict(RECIPES[recipe])
-    if quickstart:
-        for split in ("train", "validation", "test"):
-            settings[f"{split}_file"] = str(SAMPLE / f"{split}.txt")
     if config_file is not None:
         settings.update(read_settings(config_file))
     settings.update(given)
+    # The sample corpus is for those who name no data, and is never mixed with theirs.
+    files = {f"{split}_file": SAMPLE / f"{split}.txt" for split in ("train", "validation", "test")}
+    if quickstart and not any(settings.get(name) for name in (*files, "dataset_name")):
+        settings.update({name: str(path) for name, path in files.items()})
     return TrainConfig.from_dict(settings), recipe
 
 
@@ -171,6 +173,12 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
     return _guarded("bertner-predict", command)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch's class for it is that of CUDA; the CPU's allocator raises a bare RuntimeError."""
+    name = type(error).__name__
+    return name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -192,12 +200,21 @@ def _guarded(program: str, command: Callable[[], None]) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output has gone, as `head` does: not an error, and nothing to say.
-        sys.stderr.close()
-        return 0
+        # The reader of our output has gone, as `head` does: not an error, and nothing to say. What
+        # is still buffered goes to nowhere, or Python would complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return StorageError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"{program}: out of memory; use smaller batches (--per_device_train_batch_size, "
+            "--per_device_eval_batch_size, --batch_size) or a shorter --max_seq_length",
+            file=sys.stderr,
+        )
+        return UsageError.exit_code
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

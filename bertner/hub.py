@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertner.errors import DataError, ModelError, StorageError
+from bertner.errors import DataError, ModelError, StorageError, UsageError
 
 logger = logging.getLogger("bertner")
 
@@ -21,7 +21,6 @@ _FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.txt",
 ]
 _SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
@@ -57,6 +56,8 @@ def find_model(name: str | Path, revision: str | None = None) -> ModelSource:
         StorageError: The Hub cannot be reached.
     """
     text = str(name)
+    if revision is not None and (text.startswith("package:") or Path(text).is_dir()):
+        raise UsageError(f"model_revision is for models from the Hub, not for {text}")
     if text.startswith("package:"):
         return ModelSource(text, _folder_in_package(text))
     if Path(text).is_dir():
@@ -171,7 +172,8 @@ def _hub_errors(name: str, revision: str | None, kind: str) -> Iterator[None]:
             name,
         ) from None
     except Exception as error:  # the network, the disk, a proxy that the HTTP library refuses
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, HfHubHTTPError) and status in (401, 403):
             raise wrong(
                 "the Hub refuses your token: run `hf auth login` or unset HF_TOKEN", name
             ) from None

@@ -44,7 +44,7 @@ def read_dataset(
         config_name: Configuration of the dataset.
         text_column: Column of the words.
         label_column: Column of the tags.
-        label_names: Names of integer tags that the dataset does not name itself.
+        label_names: Names of integer tags; None for the dataset's own.
 
     Returns:
         `train` and, where the dataset has them, `validation` and `test`.
@@ -131,16 +131,14 @@ def _from_dataset(
     label_column: str,
     label_names: Sequence[str] | None,
 ) -> Corpus:
-    names = _class_names(dataset, label_column) or label_names
+    names = label_names or _class_names(dataset, label_column)
     table = dataset.with_format("arrow")[:]
     return corpus_from_table(table, source, text_column, label_column, names)
 
 
 def _class_names(dataset: Any, column: str) -> list[str] | None:
     """The names of a column of lists of ClassLabel; None if it is something else."""
-    feature = dataset.features.get(column)
-    # Before release 4, `datasets` has lists as Python lists too.
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    inner = getattr(dataset.features.get(column), "feature", None)
     return getattr(inner, "names", None)
 
 

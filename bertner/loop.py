@@ -17,15 +17,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset, batches_by_length, collate, step_batches
 from bertner.errors import NotFiniteError, UsageError
 from bertner.labels import IGNORE_INDEX, IntArray
 from bertner.metrics import EntityScores, score_entities
-from bertner.model import BertForNER
+from bertner.model import BertForNER, token_loss
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class StepReport:
         grad_norm: Norm of the gradient before clipping.
         learning_rate: Rate that the step used.
         num_tokens: Real tokens that the step read, special tokens included.
+        tokens_per_second: Real tokens so far, over the time in steps alone.
     """
 
     step: int
@@ -49,6 +49,7 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     num_tokens: int
+    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     """Seed of the dropout of one micro-batch: the same however the run got there."""
     state = np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)
-    return int(state[0] >> 1)  # torch takes 63 bits on every device
+    return int(state[0]) >> 1  # torch takes 63 bits on every device
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -169,24 +170,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         eps=config.adam_epsilon,
         fused=True,
     )
-
-
-def token_loss(logits: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
-    """Cross-entropy over the labelled tokens, in float32.
-
-    Args:
-        logits: (B, T, C).
-        labels: (B, T), IGNORE_INDEX where a token has none.
-        reduction: "sum" for a scalar; "none" for (B, T), zero where there is no label.
-    """
-    # Flattened: the 2-d kernel of the loss has no deterministic form on CUDA.
-    loss = F.cross_entropy(
-        logits.float().flatten(0, 1),
-        labels.flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction=reduction,
-    )
-    return loss.view_as(labels) if reduction == "none" else loss
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
@@ -226,7 +209,7 @@ def train(
     total_steps = config.total_steps(len(dataset))
     warmup_steps = config.resolved_warmup_steps(total_steps)
     steps_per_epoch = config.steps_per_epoch(len(dataset))
-    progress = _Progress(config, evaluation, watcher, save)
+    progress = _Progress(config, total_steps, steps_per_epoch, evaluation, watcher, save)
     model.train()
 
     for epoch in itertools.count():
@@ -240,37 +223,30 @@ def train(
         for step, micro_batches in enumerate(batches, epoch * steps_per_epoch):
             optimizer.zero_grad()
             num_labelled = sum(int(dataset.row_num_labelled[rows].sum()) for rows in micro_batches)
-            loss = torch.zeros((), device=device)
+            loss_sum = torch.zeros((), device=device)
             for k, rows in enumerate(micro_batches):
                 batch = collate(dataset, rows, device)
                 torch.manual_seed(dropout_seed(config.seed, step, k))
                 with autocast(device, config.dtype):
                     logits = model(batch.input_ids, batch.attention_mask).logits  # (B, T, C)
-                share = token_loss(logits, batch.labels) / max(num_labelled, 1)
+                share = token_loss(logits, batch.labels, "sum") / max(num_labelled, 1)
                 share.backward()  # type: ignore[no-untyped-call]
-                loss += share.detach()
-            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                loss_sum += share.detach()
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             # The one place where a step waits for the device: weights must not take a bad step.
-            if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
+            loss, grad_norm = loss_sum.item(), norm.item()
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise _not_finite(step, loss, grad_norm, dataset, micro_batches)
             if config.max_grad_norm > 0:
-                nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+                nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
             rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
 
             # What follows only watches: it changes no weight.
-            report = StepReport(
-                step=step + 1,
-                total_steps=total_steps,
-                epoch=(step + 1) / steps_per_epoch,
-                loss=loss.item(),
-                grad_norm=grad_norm.item(),
-                learning_rate=rate,
-                num_tokens=sum(int(dataset.row_lengths[rows].sum()) for rows in micro_batches),
-            )
-            progress.after_step(model, report, epoch_done=(step + 1) % steps_per_epoch == 0)
+            num_tokens = sum(int(dataset.row_lengths[rows].sum()) for rows in micro_batches)
+            report = progress.after_step(model, step + 1, loss, grad_norm, rate, num_tokens)
             if step + 1 == total_steps:
                 model.eval()
                 return progress.result(report)
@@ -279,17 +255,17 @@ def train(
 
 def _not_finite(
     step: int,
-    loss: Tensor,
-    grad_norm: Tensor,
+    loss: float,
+    grad_norm: float,
     dataset: TokenDataset,
     micro_batches: list[IntArray],
 ) -> NotFiniteError:
     sentences = dataset.row_sentences[np.concatenate(micro_batches)]
     lines = ", ".join(str(line) for line in dataset.sentence_lines[sentences])
     return NotFiniteError(
-        f"step {step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()}, with the "
+        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, with the "
         f"sentences at {dataset.source}, lines {lines}\n"
-        "The step was not taken and no model was written; try a lower learning_rate, more "
+        "The step was not taken; checkpoints from before stay. Try a lower learning_rate, more "
         "warmup_steps, or float32, and look at those sentences."
     )
 
@@ -300,6 +276,8 @@ class _Progress:
     def __init__(
         self,
         config: TrainConfig,
+        total_steps: int,
+        steps_per_epoch: int,
         evaluation: TokenDataset | None,
         watcher: Watcher | None,
         save: Save | None,
@@ -307,6 +285,8 @@ class _Progress:
         if config.load_best_model_at_end and evaluation is None:
             raise UsageError("load_best_model_at_end needs validation data to tell the best by")
         self.config = config
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
         self.dataset = evaluation
         self.watcher = watcher
         self.save = save
@@ -318,21 +298,44 @@ class _Progress:
         self.start = time.perf_counter()
         self.seconds_watching = 0.0
 
-    def after_step(self, model: BertForNER, report: StepReport, epoch_done: bool) -> None:
-        self.losses += report.loss
-        self.tokens += report.num_tokens
+    def after_step(
+        self,
+        model: BertForNER,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        rate: float,
+        num_tokens: int,
+    ) -> StepReport:
         began = time.perf_counter()
+        self.losses += loss
+        self.tokens += num_tokens
+        report = StepReport(
+            step=step,
+            total_steps=self.total_steps,
+            epoch=step / self.steps_per_epoch,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            num_tokens=num_tokens,
+            tokens_per_second=self.tokens / self._seconds_stepping(),
+        )
         if self.watcher is not None:
             self.watcher.stepped(report)
-        config = self.config
+        config, epoch_done = self.config, step % self.steps_per_epoch == 0
         if self._due(config.eval_strategy, config.eval_steps, report, epoch_done):
             self._evaluate(model, report)
         save_due = self._due(config.save_strategy, config.save_steps, report, epoch_done)
-        if config.load_best_model_at_end and self.best_step == report.step:
+        if config.load_best_model_at_end and self.best_step == step:
             save_due = True  # what will be loaded at the end must be on disk
         if self.save is not None and save_due:
             self.save(report, self.best_step)
         self.seconds_watching += time.perf_counter() - began
+        return report
+
+    def _seconds_stepping(self) -> float:
+        """Time since the start that was not spent on evaluating and saving."""
+        return max(time.perf_counter() - self.start - self.seconds_watching, 1e-9)
 
     @staticmethod
     def _due(strategy: str, every: int, report: StepReport, epoch_done: bool) -> bool:
@@ -363,13 +366,12 @@ class _Progress:
             self.watcher.evaluated(report, self.last, is_best)
 
     def result(self, report: StepReport) -> TrainResult:
-        runtime = time.perf_counter() - self.start
-        stepping = max(runtime - self.seconds_watching, 1e-9)
+        stepping = self._seconds_stepping()
         return TrainResult(
             step=report.step,
             epoch=report.epoch,
             loss=self.losses / report.step,
-            runtime=runtime,
+            runtime=time.perf_counter() - self.start,
             steps_per_second=report.step / stepping,
             tokens_per_second=self.tokens / stepping,
             evaluation=self.last,
@@ -405,8 +407,8 @@ def evaluate(
             logits = model(batch.input_ids, batch.attention_mask).logits  # (B, T, C)
         is_token = batch.attention_mask.bool()
         predicted[batch.token_index] = logits.argmax(-1)[is_token].cpu().numpy()
-        losses = token_loss(logits, batch.labels, "none")  # (B, T)
-        row_losses[rows] = losses.sum(1, dtype=torch.float64).cpu()
+        losses = token_loss(logits, batch.labels, "none").cpu()  # (B, T); MPS has no float64
+        row_losses[rows] = losses.sum(1, dtype=torch.float64)
         if on_batch is not None:
             on_batch(len(rows))
     model.train(was_training)

@@ -233,6 +233,25 @@ class TokenClassifierOutput:
     loss: Tensor | None = None
 
 
+def token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of the labelled tokens, in float32.
+
+    Args:
+        logits: (B, T, C).
+        labels: (B, T), IGNORE_INDEX where a token has none.
+        reduction: "mean" or "sum" over the labelled tokens, for a scalar; "none" for (B, T), zero
+            where there is no label.
+    """
+    # Flattened: the 2-d kernel of the loss has no deterministic form on CUDA.
+    loss = F.cross_entropy(
+        logits.float().flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction=reduction,
+    )
+    return loss.view_as(labels) if reduction == "none" else loss
+
+
 class BertForNER(nn.Module):
     """BERT that gives each token a label.
 
@@ -281,11 +300,7 @@ class BertForNER(nn.Module):
         """
         hidden_states = self.bert(input_ids, attention_mask, token_type_ids)
         logits = self.classifier(self.dropout(hidden_states))  # (B, T, C)
-        if labels is None:
-            return TokenClassifierOutput(logits)
-        loss = F.cross_entropy(
-            logits.view(-1, self.config.num_labels), labels.view(-1), ignore_index=IGNORE_INDEX
-        )
+        loss = None if labels is None else token_loss(logits, labels, "mean")
         return TokenClassifierOutput(logits, loss)
 
     @property

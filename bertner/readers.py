@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as short  # what a message shows of a value from a file
 from typing import Any
@@ -42,7 +43,8 @@ def read_file(
         StorageError: The file is there but the disk fails, or it may not be read.
     """
     path = Path(path)
-    content = _read_bytes(path)
+    with _file_errors(path):
+        content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     ending = path.suffix.lower()
     if ending == ".parquet":
@@ -56,9 +58,11 @@ def read_file(
     return builder.finish(sha256)
 
 
-def _read_bytes(path: Path) -> bytes:
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says of a file into errors of ours."""
     try:
-        return path.read_bytes()
+        yield
     except (FileNotFoundError, NotADirectoryError):
         raise DataError("no such file; check the path", path) from None
     except IsADirectoryError:
@@ -67,24 +71,24 @@ def _read_bytes(path: Path) -> bytes:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _decode(content: bytes, path: Path) -> str:
+def _decode(content: bytes, source: object, first_line: int = 1) -> str:
     if b"\0" in content:
-        line = content.count(b"\n", 0, content.index(b"\0")) + 1
+        line = content.count(b"\n", 0, content.index(b"\0")) + first_line
         raise DataError(
             "holds a NUL byte, so it is damaged, no text, or UTF-16 "
             "(which iconv -f utf-16 -t utf-8 converts)",
-            path,
+            source,
             line,
         )
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         # Where it is counts from after the byte order mark, and so does `error.object`.
-        line = error.object.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + first_line
         raise DataError(
             f"byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file "
             "(iconv -f latin1 -t utf-8)",
-            path,
+            source,
             line,
         ) from None
 
@@ -427,9 +431,17 @@ def _document_numbers(table: Any, source: str) -> list[int] | None:
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """Lines of a plain text file, without their ends; checked as in `read_file`."""
-    lines = _decode(_read_bytes(Path(path)), Path(path)).split("\n")
-    if not lines[-1]:
-        lines.pop()  # a file ends with the end of its last line
-    for line in lines:
-        yield line.rstrip("\r")
+    """Lines of a plain text file, one at a time, without their ends.
+
+    Raises:
+        DataError: The file is missing, or a line of it is not UTF-8.
+        StorageError: The disk fails.
+    """
+    with _file_errors(Path(path)), Path(path).open("rb") as stream:
+        yield from decode_lines(stream, path)
+
+
+def decode_lines(stream: Iterable[bytes], source: object) -> Iterator[str]:
+    """The same for lines of bytes, from wherever they come; `source` is named in errors."""
+    for number, line in enumerate(stream, 1):
+        yield _decode(line, source, number).rstrip("\r\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -51,9 +52,6 @@ class RunReport:
         self.bar = tqdm(
             total=total_steps, unit="step", desc="train", disable=not show_bars, dynamic_ncols=True
         )
-        self.tokens = 0
-        self.seconds_stepping = 0.0
-        self.last_step_end = time.perf_counter()
 
     def event(self, name: str, values: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`."""
@@ -66,15 +64,11 @@ class RunReport:
 
     def stepped(self, report: StepReport) -> None:
         """Moves the bar; every `logging_steps` steps, logs the mean loss since the last time."""
-        now = time.perf_counter()
-        self.seconds_stepping += now - self.last_step_end
-        self.last_step_end = now
-        self.tokens += report.num_tokens
         self.window.append(report)
         self.bar.update()
         self.bar.set_postfix_str(
             f"loss {report.loss:.4f}, rate {report.learning_rate:.2e}, "
-            f"{self.tokens / self.seconds_stepping:,.0f} tokens/s",
+            f"{report.tokens_per_second:,.0f} tokens/s",
             refresh=False,
         )
         if report.step % self.logging_steps == 0:
@@ -88,7 +82,7 @@ class RunReport:
                     "loss": loss,
                     "grad_norm": report.grad_norm,
                     "learning_rate": report.learning_rate,
-                    "tokens_per_second": self.tokens / self.seconds_stepping,
+                    "tokens_per_second": report.tokens_per_second,
                 },
             )
             self.window = []
@@ -134,22 +128,13 @@ class RunReport:
             *(f"{scores[name]:.4f}" for name in names),
         )
         if not self.rows:
-            self._print("  ".join(TABLE_COLUMNS))
+            say("  ".join(TABLE_COLUMNS))
         self.rows.append(row)
-        self._print(
-            "  ".join(cell.rjust(len(c)) for cell, c in zip(row, TABLE_COLUMNS, strict=True))
-        )
-        # An evaluation is no part of the time that steps take.
-        self.last_step_end = time.perf_counter()
+        say("  ".join(cell.rjust(len(c)) for cell, c in zip(row, TABLE_COLUMNS, strict=True)))
 
     def saved(self, report: StepReport, folder: Path) -> None:
         """Records that a checkpoint is complete."""
         self.event("save", {"step": report.step, "checkpoint": folder.name})
-        self.last_step_end = time.perf_counter()
-
-    def _print(self, line: str) -> None:
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(line, flush=True)
 
     def __enter__(self) -> RunReport:
         return self
@@ -157,6 +142,16 @@ class RunReport:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
         self.file.close()
+
+
+def say(text: str) -> None:
+    """Prints for people; that nobody reads any more, as after `| head`, must not stop a run."""
+    try:
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+    except BrokenPipeError:
+        # As Python's documentation has it: what is still buffered goes to nowhere, silently.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def format_scores(scores: EntityScores, title: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import platform
@@ -23,6 +24,7 @@ from bertner.card import RunFacts, model_card
 from bertner.checkpoint import (
     Weights,
     list_checkpoints,
+    read_json,
     remove_run,
     save_checkpoint,
     write_json,
@@ -31,21 +33,21 @@ from bertner.checkpoint import (
 from bertner.config import TrainConfig
 from bertner.corpus import Corpus
 from bertner.data import TokenDataset, labels_for, tokenize
-from bertner.errors import OutputDirectoryError, StorageError, UsageError
+from bertner.errors import DataError, OutputDirectoryError, StorageError, UsageError
 from bertner.hub import ModelSource, find_model
 from bertner.hub_datasets import read_dataset
 from bertner.loop import Evaluation, StepReport, TrainResult, evaluate, train
 from bertner.model import BertForNER
 from bertner.predict import Tagger
-from bertner.readers import read_file, read_lines
-from bertner.report import RunReport, format_scores
+from bertner.readers import decode_lines, read_file, read_lines
+from bertner.report import RunReport, format_scores, say
 from bertner.tokenizer import Tokenizer
 
 logger = logging.getLogger("bertner")
 
-# Every file that a run writes at the top of its folder.
+# Every file that a run writes at the top of its folder. run.json, by which a run's folder is known,
+# comes last: should removing them fail midway, it can be tried again.
 RUN_FILES = [
-    "run.json",
     "metrics.jsonl",
     "config.json",
     "model.safetensors",
@@ -56,7 +58,11 @@ RUN_FILES = [
     "README.md",
     "all_results.json",
     "eval_results.json",
+    "run.json",
 ]
+
+# Whose versions are recorded, besides PyTorch's.
+PACKAGES = ["tokenizers", "safetensors", "numpy", "huggingface_hub", "datasets"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +88,13 @@ def run_training(config: TrainConfig, recipe: str) -> None:
         BertnerError: See the exit codes in `errors`.
     """
     output_dir = Path(config.output_dir)
-    _check_output_dir(output_dir, config.overwrite_output_dir)
+    check_output_dir(output_dir, config.overwrite_output_dir)  # before minutes of downloading
     parts = _build(config)
     total_steps = config.total_steps(len(parts.datasets["train"]))
     _announce(config, parts, total_steps)
 
-    _prepare_output_dir(output_dir)
     run = _run_record(config, recipe, parts)
-    write_json(output_dir / "run.json", run)
+    _claim_output_dir(output_dir, config.overwrite_output_dir, run)
     with RunReport(
         output_dir, total_steps, config.logging_steps, not config.disable_tqdm
     ) as report:
@@ -130,9 +135,9 @@ def run_training(config: TrainConfig, recipe: str) -> None:
     )
     write_text(output_dir / "README.md", model_card(facts))
     for split, evaluation in evaluations.items():
-        print(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
-    print(f"\nModel, model card and scores: {output_dir}")
-    print(f"Try it: echo 'Angela Merkel visited Paris .' | bertner-predict --model {output_dir}")
+        say(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
+    say(f"\nModel, model card and scores: {output_dir}")
+    say(f"Try it: echo 'Angela Merkel visited Paris .' | bertner-predict --model {output_dir}")
 
 
 def _build(config: TrainConfig) -> _Parts:
@@ -141,7 +146,8 @@ def _build(config: TrainConfig) -> _Parts:
     corpora = _read_corpora(config)
     label_set = labels_for(corpora["train"])
     source = find_model(config.model_name_or_path, config.model_revision)
-    if source.folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
+    folder, output_dir = source.folder.resolve(), Path(config.output_dir).resolve()
+    if folder == output_dir or folder in [path for _, path in list_checkpoints(output_dir)]:
         raise UsageError(
             f"output_dir {config.output_dir} holds the model to start from; choose another folder"
         )
@@ -209,31 +215,54 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _check_output_dir(output_dir: Path, overwrite: bool) -> None:
+def check_output_dir(output_dir: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds another run, or something that is not bertner's to replace.
+
+    Raises:
+        OutputDirectoryError: It does.
+    """
     if output_dir.exists() and not output_dir.is_dir():
         raise OutputDirectoryError(f"{output_dir} is a file; choose another --output_dir")
     present = [name for name in RUN_FILES if (output_dir / name).exists()]
     present += [folder.name for _, folder in list_checkpoints(output_dir)]
     if not present:
         return
-    if not (output_dir / "run.json").is_file():
+    if not _is_run_record(output_dir / "run.json"):
         raise OutputDirectoryError(
             f"{output_dir} holds {', '.join(present[:3])}, which no bertner run put there; "
             "choose another --output_dir"
         )
     if not overwrite:
         raise OutputDirectoryError(
-            f"{output_dir} holds another run; choose another --output_dir, or replace that run "
-            "with --overwrite_output_dir"
+            f"{output_dir} holds another run, or one is going on there; choose another "
+            "--output_dir, or replace that run with --overwrite_output_dir"
         )
 
 
-def _prepare_output_dir(output_dir: Path) -> None:
+def _is_run_record(path: Path) -> bool:
+    try:
+        return "bertner" in read_json(path)["versions"]
+    except (DataError, KeyError, TypeError):
+        return False
+
+
+def _claim_output_dir(output_dir: Path, overwrite: bool, run: dict[str, Any]) -> None:
+    """Empties the folder if that is wanted, and puts this run's record there, before any other."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        remove_run(output_dir, RUN_FILES)
+        # Looked at again: since the first time another run may have begun here.
+        check_output_dir(output_dir, overwrite)
+        if overwrite:
+            remove_run(output_dir, RUN_FILES)
+        # Of two runs that begin at the same moment, one finds that the other made the file.
+        (output_dir / "run.json").touch(exist_ok=False)
+    except FileExistsError:
+        raise OutputDirectoryError(
+            f"another run has just begun in {output_dir}; choose another --output_dir"
+        ) from None
     except OSError as error:
-        raise StorageError(f"{output_dir}: {error.strerror}") from None
+        raise StorageError(f"{output_dir}: {error.strerror or error}") from None
+    write_json(output_dir / "run.json", run)
 
 
 def _read_corpora(config: TrainConfig) -> dict[str, Corpus]:
@@ -327,10 +356,8 @@ def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, An
         "versions": {
             "bertner": __version__,
             "python": platform.python_version(),
-            **{
-                package: version(package)
-                for package in ("torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
-            },
+            "torch": torch.__version__,  # says which build, as the package's metadata may not
+            **{package: version(package) for package in PACKAGES},
         },
         "device": f"{device.type}, {name}, {torch.get_num_threads()} threads",
     }
@@ -392,6 +419,15 @@ def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dic
     return results
 
 
+def _labelling(folder: Path) -> dict[str, Any]:
+    """How a model's training data was labelled and cut, if bertner trained it."""
+    try:
+        config = read_json(folder / "run.json")["config"]
+        return {name: config[name] for name in ("label_all_tokens", "max_seq_length")}
+    except (DataError, KeyError, TypeError):
+        return {}
+
+
 def run_evaluation(options: argparse.Namespace) -> None:
     """`bertner-eval`: scores of a model on a file."""
     source = find_model(options.model)
@@ -403,7 +439,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
         label_column=options.label_column_name,
         label_names=options.label_names.split(",") if options.label_names else None,
     )
-    dataset = tokenize(corpus, tokenizer, model.label_set)
+    dataset = tokenize(corpus, tokenizer, model.label_set, **_labelling(source.folder))
     bar = tqdm(total=len(dataset), unit="sentence", desc="evaluate", leave=False)
     with bar:
         evaluation = evaluate(
@@ -429,6 +465,8 @@ def run_prediction(options: argparse.Namespace) -> None:
     tagger = Tagger.from_pretrained(
         options.model, device=str(find_device(options.device)), batch_size=options.batch_size
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # JSON is, whatever the locale
     lines = _lines(options.files)
     # A few batches at a time: enough to sort by length, and memory does not grow with the input.
     while texts := list(islice(lines, 16 * options.batch_size)):
@@ -439,7 +477,7 @@ def run_prediction(options: argparse.Namespace) -> None:
 
 def _lines(files: list[str]) -> Iterator[str]:
     if not files:
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
+        # Bytes, since what the locale says of text files need not be what comes in.
+        yield from decode_lines(sys.stdin.buffer, "standard input")
     for path in files:
         yield from read_lines(path)

@@ -5,6 +5,8 @@ The tokenizing itself is done by the `tokenizers` library.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from bertner.checkpoint import read_json, write_json, write_text
 from bertner.config import BertConfig
 from bertner.errors import ModelError
+
+logger = logging.getLogger("bertner")
 
 _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
@@ -64,6 +68,12 @@ class Tokenizer:
 
     def row_limit(self, max_seq_length: int | None) -> int:
         """Longest row in tokens: what the user asks for, at most what the model takes."""
+        if max_seq_length is not None and max_seq_length > self.model_max_length:
+            logger.warning(
+                "max_seq_length %d is more than the model takes; rows have up to %d tokens",
+                max_seq_length,
+                self.model_max_length,
+            )
         return min(max_seq_length or self.model_max_length, self.model_max_length)
 
     def encode(self, sentences: Sequence[Sequence[str]]) -> list[Encoding]:
@@ -106,6 +116,13 @@ class Tokenizer:
             _check_vocab(vocab, lowercase, special_tokens, config, path)
         elif (folder / "vocab.txt").is_file():
             path = folder / "vocab.txt"
+            kind = settings.get("tokenizer_class", "BertTokenizer")
+            if kind not in ("BertTokenizer", "BertTokenizerFast"):
+                raise ModelError(
+                    f"needs {kind}, of which vocab.txt alone is not enough; give the model a "
+                    "tokenizer.json",
+                    folder,
+                )
             vocab = _read_vocab(path)
             lowercase = says_lowercase if isinstance(says_lowercase, bool) else not _is_cased(vocab)
             _check_vocab(vocab, lowercase, special_tokens, config, path)
@@ -131,6 +148,7 @@ class Tokenizer:
         """Writes the files from which bertner and `transformers` make this tokenizer again."""
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self.fast.to_str(pretty=True))
+        normalizer = json.loads(self.fast.to_str()).get("normalizer") or {}
         by_id = sorted(self.fast.get_vocab().items(), key=lambda item: item[1])
         write_text(folder / "vocab.txt", "".join(f"{token}\n" for token, _ in by_id))
         write_json(folder / "special_tokens_map.json", self.special_tokens)
@@ -139,6 +157,9 @@ class Tokenizer:
             {
                 "tokenizer_class": "BertTokenizer",
                 "do_lower_case": self.lowercase,
+                # transformers makes the normalizer anew from these.
+                "strip_accents": normalizer.get("strip_accents"),
+                "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
                 "model_max_length": self.model_max_length,
                 **self.special_tokens,
             },
@@ -181,6 +202,13 @@ def _read_vocab(path: Path) -> dict[str, int]:
     return {line.rstrip("\r"): token_id for token_id, line in enumerate(lines)}
 
 
+def _is_latin(vocab: dict[str, int]) -> bool:
+    """Whether most of a vocabulary is in Latin letters; many other scripts have no capitals."""
+    letters = [token.removeprefix("##") for token in vocab if not token.startswith("[")]
+    words = [token for token in letters if token.isalpha()]
+    return 2 * sum(token.isascii() for token in words) > len(words)
+
+
 def _check_vocab(
     vocab: dict[str, int],
     lowercase: bool,
@@ -192,12 +220,11 @@ def _check_vocab(
     for role in ("cls_token", "sep_token", "pad_token", "unk_token"):
         if special_tokens[role] not in vocab:
             raise ModelError(f"has no {special_tokens[role]} in the vocabulary", path)
-    if _is_cased(vocab) == lowercase:
+    if lowercase and _is_cased(vocab):
+        raise ModelError("lower-cases its input, but the vocabulary has capital letters", path)
+    if not lowercase and not _is_cased(vocab) and _is_latin(vocab):
         raise ModelError(
-            "lower-cases its input, but the vocabulary has capital letters"
-            if lowercase
-            else "keeps capital letters, but the vocabulary has none; set do_lower_case",
-            path,
+            "keeps capital letters, but the vocabulary has none; set do_lower_case to true", path
         )
     size = max(vocab.values()) + 1
     if size > config.vocab_size:

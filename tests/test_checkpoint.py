@@ -94,11 +94,6 @@ def sharded_bin(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def half_precision(folder: Path) -> None:
-    state = {k: v.bfloat16().float() for k, v in state_of(folder).items()}
-    replace_weights(folder, {k: v.bfloat16() for k, v in state.items()})
-
-
 @pytest.mark.parametrize(
     "change", [old_names, pretraining, bare_encoder, sharded, pytorch_bin, sharded_bin]
 )
@@ -115,10 +110,24 @@ def test_other_layouts_load_to_the_same_weights(
 
 
 def test_half_precision_is_widened(model_folder: Path) -> None:
-    half_precision(model_folder)
-    for tensor in BertForNER.from_pretrained(model_folder).state_dict().values():
+    half = {name: tensor.bfloat16() for name, tensor in state_of(model_folder).items()}
+    replace_weights(model_folder, half)
+    for name, tensor in BertForNER.from_pretrained(model_folder).state_dict().items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, tensor.bfloat16().float())
+        assert torch.equal(tensor, half[name].float())
+
+
+@pytest.mark.parametrize("change", [None, pytorch_bin])
+def test_quantised_weights_are_refused(
+    model_folder: Path, change: Callable[[Path], None] | None
+) -> None:
+    state = state_of(model_folder)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    replace_weights(model_folder, {**state, name: state[name].to(torch.int8)})
+    if change is not None:
+        change(model_folder)
+    with pytest.raises(ModelError, match=f"{name} holds integers"):
+        BertForNER.from_pretrained(model_folder)
 
 
 def test_canonical_names() -> None:

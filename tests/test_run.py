@@ -15,12 +15,18 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from bertner import checkpoint
+from bertner import checkpoint, run
 from bertner.cli import eval_main, parse_train_config, predict_main, train_main
 from bertner.config import TrainConfig
 from bertner.errors import UsageError
 from bertner.run import RUN_FILES
-from tests.conftest import REPOSITORY, SHARED_DATA, needs_cased_vocab, write_conll
+from tests.conftest import (
+    REPOSITORY,
+    SHARED_DATA,
+    needs_cased_vocab,
+    needs_minilm,
+    write_conll,
+)
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
 
@@ -80,12 +86,12 @@ def test_a_run_from_file_to_model(
     last = [event for event in events if event["event"] == "eval"][-1]
     assert last["eval_f1"] == results["eval_f1"]
 
-    run = json.loads((out / "run.json").read_text())
-    assert TrainConfig.from_dict(run["config"]) == parse_train_config(arguments)[0]
-    assert run["model"]["commit"] is None
-    assert run["data"]["train"]["sentences"] == 24
-    assert len(run["data"]["test"]["sha256"]) == 64
-    assert run["versions"]["torch"] == torch.__version__
+    record = json.loads((out / "run.json").read_text())
+    assert TrainConfig.from_dict(record["config"]) == parse_train_config(arguments)[0]
+    assert record["model"]["commit"] is None
+    assert record["data"]["train"]["sentences"] == 24
+    assert len(record["data"]["test"]["sha256"]) == 64
+    assert record["versions"]["torch"] == torch.__version__
 
     # The last weights are at the top and in the last checkpoint.
     top, newest = (load_file(p / "model.safetensors") for p in (out, out / "checkpoint-36"))
@@ -125,6 +131,8 @@ def test_the_model_card_reads_back(arguments: list[str], tmp_path: Path) -> None
     assert card.data.pipeline_tag == "token-classification"
     read = {(r.dataset_split, r.metric_name): r.metric_value for r in card.data.eval_results or []}
     assert len(read) == 16
+    names = {(r.dataset_split, r.dataset_name) for r in card.data.eval_results or []}
+    assert names == {("validation", "validation.txt"), ("test", "test.txt")}
     for split, prefix in (("validation", "eval"), ("test", "test")):
         for level, infix in (("word", "word_"), ("subword", "")):
             for metric in ("precision", "recall", "f1", "accuracy"):
@@ -132,12 +140,12 @@ def test_the_model_card_reads_back(arguments: list[str], tmp_path: Path) -> None
                 name = f"{metric} ({level} level)"
                 assert read[split, name] == pytest.approx(value, abs=1e-6)
     text = card.text
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
     for fact in (
         *["weight_decay: 0.01", "max_grad_norm: 0.7", "every wordpiece", "betas (0.9, 0.999)"],
         *["4 warmup steps", "epsilon 1e-08", "seed: 42", "learning_rate: 0.005"],
         *["Tagger.from_pretrained", "pipeline(", "### Validation", "### Test", "| PER |"],
-        *["Word level", "Subword level", run["data"]["train"]["sha256"][:16], "cased"],
+        *["Word level", "Subword level", record["data"]["train"]["sha256"][:16], "cased"],
     ):
         assert fact in text, fact
     for unfilled in ("More information needed", "TODO", "None", "nan", "{"):
@@ -170,7 +178,10 @@ def test_best_model_is_the_one_kept(arguments: list[str], tmp_path: Path) -> Non
     top = load_file(out / "model.safetensors")
     best = load_file(out / f"checkpoint-{best_step}" / "model.safetensors")
     assert all(torch.equal(top[name], best[name]) for name in top)
-    assert f"the best, of step {best_step}" in (out / "README.md").read_text()
+    assert (
+        f"the best by word_f1 on the validation data: step {best_step}"
+        in (out / "README.md").read_text()
+    )
 
 
 def test_settings_from_recipe_file_and_flags(tmp_path: Path) -> None:
@@ -191,6 +202,10 @@ def test_settings_from_recipe_file_and_flags(tmp_path: Path) -> None:
     assert recipe == "quickstart"
     assert quick.max_steps == 3
     assert Path(str(quick.test_file)).is_file()
+    mine, _ = parse_train_config(["--quickstart", "--train_file", "mine.txt"])
+    assert (mine.train_file, mine.validation_file, mine.test_file) == ("mine.txt", None, None)
+    hub, _ = parse_train_config(["--quickstart", "--dataset_name", "org/data"])
+    assert hub.train_source == "org/data"
     with pytest.raises(UsageError, match="such setting"):
         parse_train_config(["--config", str(REPOSITORY / "tests" / "golden" / "bad_settings.json")])
 
@@ -233,6 +248,7 @@ def break_line(path: Path, number: int, line: str) -> None:
         (None, ["--dataset_name", "x"], 2, "dataset_name or train_file, not both"),
         (None, ["--train_file", "nowhere.txt"], 65, "nowhere.txt: no such file"),
         (None, ["--model", "./nowhere"], 65, "./nowhere: no such folder"),
+        (None, ["--model_revision", "main"], 2, "model_revision is for models from the Hub"),
         (None, ["--model", "package:no_such/x"], 65, "pip install no-such"),
         (lambda d: break_line(d / "train.txt", 2, "Paris"), [], 65, "train.txt:2: 1 column "),
         (lambda d: break_line(d / "train.txt", 2, "a LOC"), [], 65, "train.txt:2: tag 'LOC'"),
@@ -290,14 +306,93 @@ def test_another_run_is_not_overwritten(
     assert (out / "checkpoint-2").is_dir()
 
 
+@pytest.mark.parametrize("record", [None, "{}", "not JSON"])
 def test_a_folder_of_someone_else_is_not_touched(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], record: str | None
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("my project")
+    if record is not None:
+        (tmp_path / "out" / "run.json").write_text(record)
     assert train_main([*arguments, "--overwrite_output_dir"]) == 73
     assert "no bertner run put there" in capsys.readouterr().err
     assert (tmp_path / "out" / "README.md").read_text() == "my project"
+
+
+def test_a_run_that_began_meanwhile_is_not_touched(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build = run._build
+
+    def build_slowly(config: TrainConfig) -> object:
+        monkeypatch.setattr(run, "_build", build)
+        assert train_main([*arguments, "--max_steps", "2"]) == 0, "the other run"
+        return build(config)
+
+    monkeypatch.setattr(run, "_build", build_slowly)
+    assert train_main([*arguments, "--max_steps", "1"]) == 73
+    assert "one is going on there" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert not (tmp_path / "out" / "checkpoint-1").exists()
+
+
+def test_what_a_killed_run_left_half_written_goes_with_it(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    assert train_main([*arguments, "--max_steps", "1"]) == 0
+    out = tmp_path / "out"
+    (out / ".model.safetensors.123.tmp").write_text("half")
+    (out / ".staging-checkpoint-7").mkdir()
+    assert train_main([*arguments, "--max_steps", "1", "--overwrite_output_dir"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == sorted([*RUN_FILES, "checkpoint-1"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_out_of_memory_is_a_message(
+    arguments: list[str],
+    error: Exception,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def train(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "train", train)
+    assert train_main(arguments) == 2
+    assert "out of memory; use smaller batches" in capsys.readouterr().err
+
+
+def test_a_file_name_that_is_no_text(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = tmp_path / "caf\udce9.txt"
+    try:
+        write_conll(name)
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    assert train_main([*arguments, "--train_file", str(name), "--max_steps", "1"]) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["config"]["train_file"] == str(name)
+
+
+def test_a_closed_pipe_does_not_stop_training(arguments: list[str], tmp_path: Path) -> None:
+    with start_command("train_main", arguments) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(120) == 0
+    assert (tmp_path / "out" / "README.md").is_file()
 
 
 def test_loss_that_is_not_finite(
@@ -350,9 +445,32 @@ def test_eval_gives_the_scores_of_the_run(
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     for name in ("loss", "f1", "accuracy", "word_f1", "word_precision"):
         assert scores[name] == pytest.approx(results[f"test_{name}"], rel=1e-6)
+    # A model that was taught first pieces only is scored on first pieces only.
+    first = ["--no-label_all_tokens", "--overwrite_output_dir", "--max_steps", "4"]
+    assert train_main([*arguments, *first]) == 0
+    assert eval_main([*model, "--file", str(tmp_path / "test.txt")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert scores["loss"] == pytest.approx(results["test_loss"], rel=1e-6)
     base = ["--model", str(tmp_path / "tiny-bert")]
     assert eval_main([*base, "--file", str(tmp_path / "test.txt")]) == 65
     assert "not a trained model" in capsys.readouterr().err
+
+
+def start_command(main: str, arguments: list[str]) -> subprocess.Popen[str]:
+    """A command in a process of its own, with pipes for all that goes in and out."""
+    code = f"import sys; from bertner.cli import {main}; sys.exit({main}({arguments!r}))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def set_stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1"))
 
 
 def test_predict_from_standard_input(
@@ -364,36 +482,31 @@ def test_predict_from_standard_input(
     assert train_main(arguments) == 0
     capsys.readouterr()
     texts = ["Mary Poe said", "", "London  Paris"] * 30
-    monkeypatch.setattr("sys.stdin", io.StringIO("\r\n".join(texts) + "\r\n"))
+    set_stdin(monkeypatch, ("\r\n".join(texts) + "\r\n").encode())
     assert predict_main(["--model", str(tmp_path / "out"), "--batch_size", "2"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["text"] for record in records] == texts
     assert records[0]["entities"]
     assert records[0] == records[3]
     assert set(records[0]["entities"][0]) == {"start", "end", "label", "text", "score"}
+    set_stdin(monkeypatch, b"Paris\n\xff\n")
+    assert predict_main(["--model", str(tmp_path / "out")]) == 65
+    assert "standard input:2: byte 0xff is not UTF-8" in capsys.readouterr().err
     assert predict_main(["--model", str(tmp_path / "out"), "nowhere.txt"]) == 65
     assert predict_main(["--model", str(tmp_path / "tiny-bert")]) == 65
 
 
 def test_a_closed_pipe_is_no_error(arguments: list[str], tmp_path: Path) -> None:
     assert train_main(arguments) == 0
-    command = f"import sys; from bertner.cli import predict_main; sys.exit(predict_main({['--model', str(tmp_path / 'out')]!r}))"  # noqa: E501
-    process = subprocess.Popen(
-        [sys.executable, "-c", command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin
-    assert process.stdout
-    assert process.stderr
-    process.stdout.close()
-    process.stdin.write("Mary Poe said Paris\n" * 3000)
-    process.stdin.close()
-    with process.stderr:
+    with start_command("predict_main", ["--model", str(tmp_path / "out")]) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        process.stdin.write("Mary Poe said Paris\n" * 3000)
+        process.stdin.close()
         assert "Traceback" not in process.stderr.read()
-    assert process.wait(60) == 0
+        assert process.wait(60) == 0
 
 
 @needs_cased_vocab
@@ -407,3 +520,11 @@ def test_conll_file_with_the_real_cased_vocabulary(tmp_path: Path, make_model_fo
     assert train_main(["--model", str(folder), *files, "--max_steps", "2", "--disable_tqdm"]) == 0
     reopened = transformers.AutoTokenizer.from_pretrained(out)
     assert reopened.tokenize("Angela Merkel") == ["Angela", "Me", "##rk", "##el"]
+
+
+@needs_minilm
+@pytest.mark.slow
+def test_the_quickstart_reaches_what_it_promises(tmp_path: Path) -> None:
+    assert train_main(["--quickstart", "--output_dir", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["test_word_f1"] >= 0.75

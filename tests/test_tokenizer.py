@@ -105,6 +105,51 @@ def test_contradictions_about_case_are_refused(
     assert caught.value.exit_code == 65
 
 
+def test_scripts_without_capitals_need_no_lower_casing(tmp_path: Path) -> None:
+    """bert-base-chinese: do_lower_case is false, and the vocabulary has no capital letter."""
+    vocab = [*CASED_VOCAB[:5], *"abc的一是不了人我在有他这中大来上国", "##a"]
+    write_vocab(tmp_path, vocab)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    tokenizer = Tokenizer.from_pretrained(tmp_path, config_with(200))
+    assert not tokenizer.lowercase
+    assert tokenizer.encode([["中国"]])[0].tokens == ["中", "国"]
+
+
+def test_accents_are_kept_where_the_base_model_keeps_them(tmp_path: Path) -> None:
+    """German uncased models lower-case but do not strip accents; transformers must know."""
+    write_vocab(tmp_path, [*UNCASED, "müller", "muller"])
+    settings = {"do_lower_case": True, "strip_accents": False, "tokenize_chinese_chars": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = Tokenizer.from_pretrained(tmp_path, config_with(200))
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    for reopened in (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"),
+        Tokenizer.from_pretrained(tmp_path / "saved", config_with(200)).fast,
+    ):
+        encoding = reopened.encode("Müller", add_special_tokens=False)
+        ids = encoding if isinstance(encoding, list) else encoding.ids
+        assert ids == [ours.fast.token_to_id("müller")]
+
+
+def test_another_word_splitter_is_refused(tmp_path: Path) -> None:
+    write_vocab(tmp_path, CASED_VOCAB)
+    settings = {"tokenizer_class": "BertJapaneseTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="needs BertJapaneseTokenizer"):
+        Tokenizer.from_pretrained(tmp_path, config_with(200))
+
+
+def test_a_row_is_never_longer_than_the_model_takes(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert tokenizer.row_limit(None) == 128
+    assert tokenizer.row_limit(20) == 20
+    assert not caplog.records
+    assert tokenizer.row_limit(1024) == 128
+    assert "more than the model takes" in caplog.text
+
+
 def test_tokenizer_json_and_config_that_disagree_are_refused(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

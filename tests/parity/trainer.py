@@ -92,6 +92,9 @@ def train_with_trainer(
 
     It evaluates during training only if it is told how, by `compute_metrics`.
     """
+    # What the Trainer does otherwise, or is not told here.
+    assert config.gradient_accumulation_steps == 1
+    assert config.dtype == "float32"
     model = AutoModelForTokenClassification.from_pretrained(
         folder, attn_implementation=config.attn_implementation
     )
@@ -106,7 +109,11 @@ def train_with_trainer(
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=config.resolved_warmup_steps(config.total_steps(len(dataset))),
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        eval_steps=config.eval_steps,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         use_cpu=True,
