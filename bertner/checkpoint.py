@@ -246,7 +246,7 @@ def save_model(folder: Path, config: BertConfig, state: Mapping[str, Tensor]) ->
 
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_STAGING = ".staging-"
+STAGING = ".staging-"
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -277,7 +277,7 @@ def save_checkpoint(
         best_step: A checkpoint that stays in any case.
     """
     final = output_dir / f"checkpoint-{step}"
-    staging = output_dir / f"{_STAGING}{final.name}"
+    staging = output_dir / f"{STAGING}{final.name}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -295,15 +295,3 @@ def save_checkpoint(
             raise
         raise StorageError(f"{final}: cannot be written: {error}") from error
     return final
-
-
-def remove_run(output_dir: Path, files: list[str]) -> None:
-    """Removes a run's checkpoints, what a killed one left half written, and `files`."""
-    for _, folder in list_checkpoints(output_dir):
-        shutil.rmtree(folder)
-    for folder in output_dir.glob(f"{_STAGING}checkpoint-*"):
-        shutil.rmtree(folder)
-    for name in files:
-        for unfinished in output_dir.glob(f".{name}.*.tmp"):
-            unfinished.unlink()
-        (output_dir / name).unlink(missing_ok=True)

@@ -8,6 +8,8 @@ import io
 import json
 import logging
 import platform
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -25,7 +27,6 @@ from bertner.checkpoint import (
     Weights,
     list_checkpoints,
     read_json,
-    remove_run,
     save_checkpoint,
     write_json,
     write_text,
@@ -33,33 +34,18 @@ from bertner.checkpoint import (
 from bertner.config import TrainConfig
 from bertner.corpus import Corpus
 from bertner.data import TokenDataset, labels_for, tokenize
-from bertner.errors import DataError, OutputDirectoryError, StorageError, UsageError
+from bertner.errors import DataError, UsageError
 from bertner.hub import ModelSource, find_model
 from bertner.hub_datasets import read_dataset
 from bertner.loop import Evaluation, StepReport, TrainResult, evaluate, train
 from bertner.model import BertForNER
+from bertner.output_dir import check_output_dir, claim_output_dir
 from bertner.predict import Tagger
 from bertner.readers import decode_lines, read_file, read_lines
 from bertner.report import RunReport, format_scores, say
 from bertner.tokenizer import Tokenizer
 
 logger = logging.getLogger("bertner")
-
-# Every file that a run writes at the top of its folder. run.json, by which a run's folder is known,
-# comes last: should removing them fail midway, it can be tried again.
-RUN_FILES = [
-    "metrics.jsonl",
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "README.md",
-    "all_results.json",
-    "eval_results.json",
-    "run.json",
-]
 
 # Whose versions are recorded, besides PyTorch's.
 PACKAGES = ["tokenizers", "safetensors", "numpy", "huggingface_hub", "datasets"]
@@ -94,7 +80,7 @@ def run_training(config: TrainConfig, recipe: str) -> None:
     _announce(config, parts, total_steps)
 
     run = _run_record(config, recipe, parts)
-    _claim_output_dir(output_dir, config.overwrite_output_dir, run)
+    claim_output_dir(output_dir, config.overwrite_output_dir, run)
     with RunReport(
         output_dir, total_steps, config.logging_steps, not config.disable_tqdm
     ) as report:
@@ -137,7 +123,14 @@ def run_training(config: TrainConfig, recipe: str) -> None:
     for split, evaluation in evaluations.items():
         say(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
     say(f"\nModel, model card and scores: {output_dir}")
-    say(f"Try it: echo 'Angela Merkel visited Paris .' | bertner-predict --model {output_dir}")
+    predict = f"{_command('bertner-predict')} --model {shlex.quote(str(output_dir))}"
+    say(f"Try it: echo 'Angela Merkel visited Paris .' | {predict}")
+
+
+def _command(name: str) -> str:
+    """How to call one of our commands from where this one was called."""
+    beside = Path(sys.argv[0]).with_name(name)
+    return str(beside) if shutil.which(name) is None and beside.is_file() else name
 
 
 def _build(config: TrainConfig) -> _Parts:
@@ -213,56 +206,6 @@ def find_device(name: str) -> torch.device:
         reason = str(error).strip().split("\n", 1)[0]
         raise UsageError(f"device {name!r} cannot be used here: {reason}") from None
     return device
-
-
-def check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds another run, or something that is not bertner's to replace.
-
-    Raises:
-        OutputDirectoryError: It does.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise OutputDirectoryError(f"{output_dir} is a file; choose another --output_dir")
-    present = [name for name in RUN_FILES if (output_dir / name).exists()]
-    present += [folder.name for _, folder in list_checkpoints(output_dir)]
-    if not present:
-        return
-    if not _is_run_record(output_dir / "run.json"):
-        raise OutputDirectoryError(
-            f"{output_dir} holds {', '.join(present[:3])}, which no bertner run put there; "
-            "choose another --output_dir"
-        )
-    if not overwrite:
-        raise OutputDirectoryError(
-            f"{output_dir} holds another run, or one is going on there; choose another "
-            "--output_dir, or replace that run with --overwrite_output_dir"
-        )
-
-
-def _is_run_record(path: Path) -> bool:
-    try:
-        return "bertner" in read_json(path)["versions"]
-    except (DataError, KeyError, TypeError):
-        return False
-
-
-def _claim_output_dir(output_dir: Path, overwrite: bool, run: dict[str, Any]) -> None:
-    """Empties the folder if that is wanted, and puts this run's record there, before any other."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        # Looked at again: since the first time another run may have begun here.
-        check_output_dir(output_dir, overwrite)
-        if overwrite:
-            remove_run(output_dir, RUN_FILES)
-        # Of two runs that begin at the same moment, one finds that the other made the file.
-        (output_dir / "run.json").touch(exist_ok=False)
-    except FileExistsError:
-        raise OutputDirectoryError(
-            f"another run has just begun in {output_dir}; choose another --output_dir"
-        ) from None
-    except OSError as error:
-        raise StorageError(f"{output_dir}: {error.strerror or error}") from None
-    write_json(output_dir / "run.json", run)
 
 
 def _read_corpora(config: TrainConfig) -> dict[str, Corpus]:

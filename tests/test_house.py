@@ -18,7 +18,7 @@ ORDER = [
     ["config", "labels"],
     ["metrics"],
     ["attention", "checkpoint", "corpus", "hub"],
-    ["readers", "tokenizer"],
+    ["readers", "tokenizer", "output_dir"],
     ["hub_datasets", "data"],
     ["model"],
     ["loop", "predict"],

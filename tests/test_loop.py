@@ -20,7 +20,7 @@ from bertner.loop import build_optimizer, dropout_seed, evaluate, learning_rate_
 from bertner.model import BertForNER
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
-from tests.conftest import write_conll
+from tests.conftest import REPOSITORY, write_conll
 from tests.parity.trainer import Losses
 
 
@@ -85,6 +85,17 @@ def test_a_run_learns(parts: Parts) -> None:
     scores = evaluate(model, dev)
     assert scores.word.overall.f1 > 0.5
     assert not model.training
+
+
+def test_the_losses_of_a_recorded_run(parts: Parts) -> None:
+    """Guards against any change of the mathematics; rewrite the file only with a reason."""
+    model, rows, _ = parts
+    watched = Losses()
+    train(
+        model, rows, TrainConfig(max_steps=12, learning_rate=3e-3, warmup_steps=3), watcher=watched
+    )
+    recorded = (REPOSITORY / "tests" / "golden" / "tiny_losses.txt").read_text().split()
+    assert watched.loss == pytest.approx([float(loss) for loss in recorded], rel=1e-4)
 
 
 def test_the_same_run_twice_is_the_same_to_the_bit(parts: Parts) -> None:

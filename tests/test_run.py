@@ -19,7 +19,7 @@ from bertner import checkpoint, run
 from bertner.cli import eval_main, parse_train_config, predict_main, train_main
 from bertner.config import TrainConfig
 from bertner.errors import UsageError
-from bertner.run import RUN_FILES
+from bertner.output_dir import RUN_FILES
 from tests.conftest import (
     REPOSITORY,
     SHARED_DATA,

@@ -1,0 +1,1 @@
+"""Measurements: scripts, protocol and results. See README.md in this folder."""
