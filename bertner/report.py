@@ -49,9 +49,7 @@ class RunReport:
             self.file: IO[str] = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{output_dir / 'metrics.jsonl'}: {error.strerror}") from None
-        self.bar = tqdm(
-            total=total_steps, unit="step", desc="train", disable=not show_bars, dynamic_ncols=True
-        )
+        self.bar = progress_bar(total_steps, " step", "train", show_bars, leave=True)
 
     def event(self, name: str, values: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`."""
@@ -65,12 +63,12 @@ class RunReport:
     def stepped(self, report: StepReport) -> None:
         """Moves the bar; every `logging_steps` steps, logs the mean loss since the last time."""
         self.window.append(report)
-        self.bar.update()
         self.bar.set_postfix_str(
             f"loss {report.loss:.4f}, rate {report.learning_rate:.2e}, "
             f"{report.tokens_per_second:,.0f} tokens/s",
             refresh=False,
         )
+        self.bar.update()
         if report.step % self.logging_steps == 0:
             loss = sum(step.loss for step in self.window) / len(self.window)
             self.training_loss = f"{loss:.4f}"
@@ -89,14 +87,7 @@ class RunReport:
 
     def evaluating(self, num_rows: int) -> Callable[[int], None]:
         """Opens a bar for an evaluation."""
-        bar = tqdm(
-            total=num_rows,
-            unit="sentence",
-            desc="evaluate",
-            leave=False,
-            disable=not self.show_bars,
-            dynamic_ncols=True,
-        )
+        bar = progress_bar(num_rows, " sentences", "evaluate", self.show_bars)
 
         def on_batch(rows: int) -> None:
             bar.update(rows)
@@ -142,6 +133,19 @@ class RunReport:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
         self.file.close()
+
+
+def progress_bar(total: int, unit: str, name: str, show: bool, leave: bool = False) -> tqdm[Any]:
+    """A bar on stderr; where that is a file, a line now and then."""
+    return tqdm(
+        total=total,
+        unit=unit,
+        desc=name,
+        leave=leave,
+        disable=not show,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 30.0,
+    )
 
 
 def say(text: str) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from bertner import __version__
 from bertner.card import RunFacts, model_card
@@ -42,7 +41,7 @@ from bertner.model import BertForNER
 from bertner.output_dir import check_output_dir, claim_output_dir
 from bertner.predict import Tagger
 from bertner.readers import decode_lines, read_file, read_lines
-from bertner.report import RunReport, format_scores, say
+from bertner.report import RunReport, format_scores, progress_bar, say
 from bertner.tokenizer import Tokenizer
 
 logger = logging.getLogger("bertner")
@@ -383,8 +382,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
         label_names=options.label_names.split(",") if options.label_names else None,
     )
     dataset = tokenize(corpus, tokenizer, model.label_set, **_labelling(source.folder))
-    bar = tqdm(total=len(dataset), unit="sentence", desc="evaluate", leave=False)
-    with bar:
+    with progress_bar(len(dataset), " sentences", "evaluate", show=True) as bar:
         evaluation = evaluate(
             model,
             dataset,
