@@ -28,7 +28,6 @@ from bertner.tokenizer import Tokenizer
 CANDIDATES: list[dict[str, Any]] = [
     {"learning_rate": 3e-4, "num_train_epochs": 3.0},
     {"learning_rate": 3e-4, "num_train_epochs": 4.0},
-    {"learning_rate": 2e-4, "num_train_epochs": 5.0},
 ]
 
 
