@@ -63,7 +63,7 @@ class TokenDataset:
         """Number of rows."""
         return len(self.row_sentences)
 
-    @property
+    @cached_property
     def row_lengths(self) -> IntArray:
         """(num_rows,) tokens in each row."""
         return np.diff(self.row_starts)
@@ -89,8 +89,7 @@ class TokenDataset:
             (num_words,) a value for each word of the corpus.
         """
         values = np.full(len(self.word_labels), default, dtype=token_values.dtype)
-        first = self.word_ids >= 0
-        first[1:] &= self.word_ids[1:] != self.word_ids[:-1]
+        first = begins_word(self.word_ids)
         values[self.word_ids[first]] = token_values[first]
         return values
 
@@ -136,6 +135,13 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
+def begins_word(word_ids: IntArray) -> NDArray[np.bool_]:
+    """(num_tokens,) whether a token is the first piece of its word; special tokens are not."""
+    first = word_ids >= 0
+    first[1:] &= word_ids[1:] != word_ids[:-1]
+    return first
+
+
 def align_labels(
     word_labels: IntArray, word_ids: IntArray, label_set: LabelSet, label_all_tokens: bool
 ) -> IntArray:
@@ -154,7 +160,7 @@ def align_labels(
         (num_tokens,) label ids.
     """
     labels = word_labels[word_ids].astype(np.int16)
-    later = np.concatenate([[False], word_ids[1:] == word_ids[:-1]])
+    later = (word_ids >= 0) & ~begins_word(word_ids)
     labels[later] = label_set.continuation[labels[later]] if label_all_tokens else IGNORE_INDEX
     labels[word_ids < 0] = IGNORE_INDEX
     return labels

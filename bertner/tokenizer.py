@@ -147,8 +147,9 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes the files from which bertner and `transformers` make this tokenizer again."""
         folder = Path(folder)
-        write_text(folder / "tokenizer.json", self.fast.to_str(pretty=True))
-        normalizer = json.loads(self.fast.to_str()).get("normalizer") or {}
+        content = self.fast.to_str(pretty=True)
+        write_text(folder / "tokenizer.json", content)
+        normalizer = json.loads(content).get("normalizer") or {}
         by_id = sorted(self.fast.get_vocab().items(), key=lambda item: item[1])
         write_text(folder / "vocab.txt", "".join(f"{token}\n" for token, _ in by_id))
         write_json(folder / "special_tokens_map.json", self.special_tokens)
