@@ -2,7 +2,7 @@
 
 A step is: zero the gradients, run each micro-batch forward and backward, clip, set the rate, step.
 What a step does is a pure function of the seed and the step's number: the order of the data
-(`data.epoch_order`), the dropout (`dropout_seed`) and the rate (`learning_rate_at`).
+(`batches.epoch_order`), the dropout (`dropout_seed`) and the rate (`learning_rate_at`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from bertner.batches import batches_by_length, collate, step_batches
 from bertner.config import TrainConfig
-from bertner.data import TokenDataset, batches_by_length, collate, step_batches
+from bertner.data import TokenDataset
 from bertner.errors import NotFiniteError, UsageError
 from bertner.labels import IGNORE_INDEX, IntArray
 from bertner.metrics import EntityScores, score_entities

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from bertner.batches import batches_by_length
 from bertner.corpus import Corpus, split_words
-from bertner.data import TokenDataset, batches_by_length, tokenize
+from bertner.data import TokenDataset, tokenize
 from bertner.hub import find_model
 from bertner.labels import IntArray
 from bertner.model import BertForNER

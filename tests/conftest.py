@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bertner.config import BertConfig
+from bertner.corpus import Corpus, CorpusBuilder
 from bertner.model import BertForNER
 from bertner.tokenizer import Tokenizer
 
@@ -113,3 +114,12 @@ def write_conll(path: Path, num_sentences: int = 24, seed: int = 0) -> Path:
 @pytest.fixture
 def conll_file(tmp_path: Path) -> Path:
     return write_conll(tmp_path / "train.txt")
+
+
+def corpus_of(*sentences: str) -> Corpus:
+    """A corpus from "word/TAG word/TAG" strings; a word without a tag is O."""
+    builder = CorpusBuilder("made-up")
+    for line, sentence in enumerate(sentences, 1):
+        pairs = [(token + "/O").split("/")[:2] for token in sentence.split()]
+        builder.add([w for w, _ in pairs], [t for _, t in pairs], [line] * len(pairs))
+    return builder.finish("")

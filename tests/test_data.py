@@ -1,4 +1,4 @@
-"""Tokenising, aligning, cutting and batching on flat arrays."""
+"""Tokenising, aligning and cutting on flat arrays."""
 
 from __future__ import annotations
 
@@ -7,37 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bertner.config import BertConfig
 from bertner.corpus import Corpus, CorpusBuilder
-from bertner.data import (
-    TokenDataset,
-    align_labels,
-    collate,
-    epoch_order,
-    labels_for,
-    step_batches,
-    tokenize,
-)
+from bertner.data import align_labels, labels_for, tokenize
 from bertner.errors import DataError
-from bertner.labels import IGNORE_INDEX, LabelSet, label_list
+from bertner.labels import LabelSet, label_list
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
-from tests.conftest import SHARED_DATA, needs_cased_vocab, needs_conll
-
-CPU = torch.device("cpu")
-
-
-def corpus_of(*sentences: str) -> Corpus:
-    """A corpus from "word/TAG word/TAG" strings; a word without a tag is O."""
-    builder = CorpusBuilder("made-up")
-    for line, sentence in enumerate(sentences, 1):
-        pairs = [(token + "/O").split("/")[:2] for token in sentence.split()]
-        builder.add([w for w, _ in pairs], [t for _, t in pairs], [line] * len(pairs))
-    return builder.finish("")
+from tests.conftest import SHARED_DATA, corpus_of, needs_cased_vocab, needs_conll
 
 
 def test_alignment_by_hand(tokenizer: Tokenizer) -> None:
@@ -197,40 +177,3 @@ def test_a_word_longer_than_a_row(tokenizer: Tokenizer, caplog: pytest.LogCaptur
     assert set(dataset.word_ids) == {-1, 0, 1, 2}
     assert "made-up:1: a word of more than 18 pieces" in caplog.text
     assert "no word dropped" in caplog.text
-
-
-def make_dataset(tokenizer: Tokenizer) -> TokenDataset:
-    corpus = corpus_of("Paris/B-LOC", "the said of/B-LOC Paris/I-LOC", "said landing/B-LOC")
-    return tokenize(corpus, tokenizer, labels_for(corpus))
-
-
-def test_collate_pads_on_the_right(tokenizer: Tokenizer) -> None:
-    dataset = make_dataset(tokenizer)
-    batch = collate(dataset, [2, 0], CPU)
-    assert batch.input_ids.shape == (2, 8)
-    assert batch.attention_mask.tolist() == [[1] * 8, [1] * 3 + [0] * 5]
-    assert batch.labels[1].tolist() == [-100, 1, -100] + [-100] * 5
-    assert batch.input_ids[1, 3:].tolist() == [tokenizer.pad_id] * 5
-    begin = dataset.row_starts[2]
-    assert batch.token_index.tolist() == [*range(begin, begin + 8), 0, 1, 2]
-    assert (
-        dataset.input_ids[batch.token_index] == batch.input_ids[batch.attention_mask == 1]
-    ).all()
-    assert batch.labels.dtype == batch.input_ids.dtype == torch.int64
-    assert (batch.labels[batch.attention_mask == 0] == IGNORE_INDEX).all()
-
-
-def test_order_is_the_data_loaders() -> None:
-    """What a shuffling DataLoader with the Trainer's sampler visits, epoch by epoch."""
-    for epoch in range(3):
-        generator = torch.Generator()
-        generator.manual_seed(42 + epoch)
-        sampler = torch.utils.data.RandomSampler(range(11), generator=generator)
-        assert list(sampler) == epoch_order(11, 42, epoch).tolist()
-
-
-def test_steps_visit_every_row_once() -> None:
-    steps = list(step_batches(23, batch_size=4, accumulation=2, seed=1, epoch=0))
-    assert [[len(rows) for rows in step] for step in steps] == [[4, 4], [4, 4], [4, 3]]
-    visited = np.concatenate([rows for step in steps for rows in step])
-    assert sorted(visited) == list(range(23))

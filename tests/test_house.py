@@ -20,6 +20,7 @@ ORDER = [
     ["attention", "checkpoint", "corpus", "hub"],
     ["readers", "tokenizer", "output_dir"],
     ["hub_datasets", "data"],
+    ["batches"],
     ["model"],
     ["loop", "predict"],
     ["report"],

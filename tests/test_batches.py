@@ -1,0 +1,51 @@
+"""Order of the data, and batches of it as tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bertner.batches import collate, epoch_order, step_batches
+from bertner.data import TokenDataset, labels_for, tokenize
+from bertner.labels import IGNORE_INDEX
+from bertner.tokenizer import Tokenizer
+from tests.conftest import corpus_of
+
+CPU = torch.device("cpu")
+
+
+def make_dataset(tokenizer: Tokenizer) -> TokenDataset:
+    corpus = corpus_of("Paris/B-LOC", "the said of/B-LOC Paris/I-LOC", "said landing/B-LOC")
+    return tokenize(corpus, tokenizer, labels_for(corpus))
+
+
+def test_collate_pads_on_the_right(tokenizer: Tokenizer) -> None:
+    dataset = make_dataset(tokenizer)
+    batch = collate(dataset, [2, 0], CPU)
+    assert batch.input_ids.shape == (2, 8)
+    assert batch.attention_mask.tolist() == [[1] * 8, [1] * 3 + [0] * 5]
+    assert batch.labels[1].tolist() == [-100, 1, -100] + [-100] * 5
+    assert batch.input_ids[1, 3:].tolist() == [tokenizer.pad_id] * 5
+    begin = dataset.row_starts[2]
+    assert batch.token_index.tolist() == [*range(begin, begin + 8), 0, 1, 2]
+    assert (
+        dataset.input_ids[batch.token_index] == batch.input_ids[batch.attention_mask == 1]
+    ).all()
+    assert batch.labels.dtype == batch.input_ids.dtype == torch.int64
+    assert (batch.labels[batch.attention_mask == 0] == IGNORE_INDEX).all()
+
+
+def test_order_is_the_data_loaders() -> None:
+    """What a shuffling DataLoader with the Trainer's sampler visits, epoch by epoch."""
+    for epoch in range(3):
+        generator = torch.Generator()
+        generator.manual_seed(42 + epoch)
+        sampler = torch.utils.data.RandomSampler(range(11), generator=generator)
+        assert list(sampler) == epoch_order(11, 42, epoch).tolist()
+
+
+def test_steps_visit_every_row_once() -> None:
+    steps = list(step_batches(23, batch_size=4, accumulation=2, seed=1, epoch=0))
+    assert [[len(rows) for rows in step] for step in steps] == [[4, 4], [4, 4], [4, 3]]
+    visited = np.concatenate([rows for step in steps for rows in step])
+    assert sorted(visited) == list(range(23))
