@@ -281,6 +281,8 @@ class _Linear(torch.autograd.Function):
             buffer.copy_(grad.t() @ x)
         for weight in weights:
             weight.grad = weight.grad_buffer
+            # Now, while it is in the cache: see `gradient_norm`. The last call of a step is right.
+            weight.grad_square = _square(weight.grad)
         grad_bias = grad.sum(0, dtype=torch.float32)
         grad_biases = torch.split(grad_bias, [len(bias) for bias in biases])
         grad_x = None
@@ -349,24 +351,36 @@ def gradient_buffers(model: nn.Module) -> Iterator[None]:
     ):
         weight.grad = None
         weight.grad_buffer = part.view_as(weight)
+        weight.grad_square = None
         weight.grad_rows = torch.zeros(0, dtype=torch.int64, device=flat.device)
     try:
         yield
     finally:
         for weight in with_buffer:
             weight.grad = None
-            del weight.grad_buffer, weight.grad_rows
+            del weight.grad_buffer, weight.grad_rows, weight.grad_square
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients; of an embedding, only the rows that are not zero."""
-    gradients = []
+    """The Euclidean norm of the gradients of `parameters`, each of which has one.
+
+    Read from memory they cost a twentieth of a step; so `linear` adds up the squares of a gradient
+    as soon as it is computed, and of an embedding only the rows that are not zero count.
+    """
+    squares = []
     for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        rows = getattr(parameter, "grad_rows", ())
-        gradients.append(parameter.grad[rows] if len(rows) else parameter.grad)
-    return nn.utils.get_total_norm(gradients)
+        assert parameter.grad is not None
+        square, rows = getattr(parameter, "grad_square", None), getattr(parameter, "grad_rows", ())
+        if square is None:
+            square = _square(parameter.grad[rows] if len(rows) else parameter.grad)
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def _square(x: Tensor) -> Tensor:
+    """Sum of the squares; a product of vectors takes half the time of `linalg.vector_norm`."""
+    flat = x.flatten()
+    return flat.dot(flat)
 
 
 @contextmanager
@@ -407,7 +421,7 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor, *, fol
     if fold:
         # Where gradient scaling of float16 hands its factor over; fused optimizers divide by it.
         scale = (norm + 1e-6) / max_norm
-        optimizer.grad_scale = scale.clamp(min=1.0)  # type: ignore[attr-defined]
+        optimizer.grad_scale = scale if scale > 1.0 else None  # type: ignore[attr-defined]
     else:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bertner import kernels
 from bertner.batches import (
@@ -222,7 +222,9 @@ def train(
     steps_per_epoch = config.steps_per_epoch(len(dataset))
     progress = _Progress(config, total_steps, steps_per_epoch, evaluation, watcher, save)
     model.train()
-    make_batch = pack if config.packing else collate
+    make_batch, norm_of = (
+        (pack, kernels.gradient_norm) if config.packing else (collate, _reference_norm)
+    )
 
     with _short_ways(model, config):
         for epoch in itertools.count():
@@ -247,7 +249,7 @@ def train(
                     share = token_loss(logits, batch.labels, "sum") / max(num_labelled, 1)
                     share.backward()  # type: ignore[no-untyped-call]
                     loss_sum += share.detach()
-                norm = kernels.gradient_norm(parameters)
+                norm = norm_of([p for p in parameters if p.grad is not None])
                 # The one place where a step waits for the device: weights must not take a bad step.
                 loss, grad_norm = loss_sum.item(), norm.item()
                 if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -266,6 +268,11 @@ def train(
                     model.eval()
                     return progress.result(report)
     raise AssertionError("unreachable: total_steps is at least 1")
+
+
+def _reference_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """The gradient's norm as PyTorch computes it, to the bit."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 @contextmanager
@@ -418,6 +425,7 @@ def evaluate(
     *,
     dtype: str = "float32",
     packing: bool = True,
+    batch_tokens: int = EVAL_TOKENS,
     matmul: str = "auto",
     on_batch: Callable[[int], object] | None = None,
 ) -> Evaluation:
@@ -426,10 +434,11 @@ def evaluate(
     Args:
         model: Its mode (training or evaluation) is left as it was.
         dataset: Labelled rows.
-        batch_size: Rows in a padded batch; packed ones have `EVAL_TOKENS` tokens, and then it says
-            only over how many rows `loss_batch_mean` averages.
+        batch_size: Rows in a padded batch; for packed ones it says only over how many rows
+            `loss_batch_mean` averages.
         dtype: "float32" or "bfloat16" arithmetic.
         packing: Compute real tokens only; else pad rows, as the Trainer does.
+        batch_tokens: Most tokens in a packed batch.
         matmul: See `TrainConfig.matmul`; for packed rows.
         on_batch: Is told the number of rows of each batch done.
     """
@@ -439,7 +448,7 @@ def evaluate(
     predicted = np.zeros(len(dataset.input_ids), dtype=np.int16)
     losses = np.zeros(len(dataset.input_ids), dtype=np.float32)
     batches: Iterator[PackedBatch | PaddedBatch] = (
-        packed_by_length(dataset, EVAL_TOKENS, device)
+        packed_by_length(dataset, batch_tokens, device)
         if packing
         else padded_by_length(dataset, batch_size, device)
     )

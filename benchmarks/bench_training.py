@@ -1,0 +1,158 @@
+"""Steps a second and peak memory of training: bertner against the Trainer, interleaved.
+
+    python -m benchmarks.bench_training --data DATA --model minilm --model bert-base
+
+Each round trains the same first steps of CoNLL-2003, in the Trainer's order, with each side in
+turn; the first few of each are warm-up and are not counted. Peak memory is that of a process of its
+own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import write_result
+from benchmarks.setup import Parts, StepClock, arguments, interleave, load, make_trainer, ratios
+from benchmarks.setup import spread as spread_of
+from bertner.batches import epoch_order
+from bertner.config import TrainConfig
+from bertner.loop import train
+
+WARM_UP = 4
+
+# Settings of bertner's sides; the Trainer has its defaults.
+SIDES: dict[str, dict[str, Any]] = {
+    "bertner float32": {},
+    "bertner bfloat16": {"dtype": "bfloat16"},
+    "bertner padded": {"packing": False},
+}
+
+
+class Clock:
+    """A watcher that keeps the seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.last = time.perf_counter()
+
+    def stepped(self, report: object) -> None:
+        """Keeps the seconds since the last step."""
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
+
+    def evaluating(self, num_rows: int) -> Callable[[int], None]:
+        """Never called: nothing is evaluated."""
+        return lambda rows: None
+
+    def evaluated(self, *args: object) -> None:
+        """Never called."""
+
+
+def bertner_seconds(parts: Parts, settings: dict[str, Any], steps: int) -> float:
+    """Seconds of the counted steps, of bertner."""
+    model = copy.deepcopy(parts.model)
+    config = TrainConfig(max_steps=WARM_UP + steps, eval_strategy="no", **settings)
+    clock = Clock()
+    train(model, parts.train, config, watcher=clock)
+    return sum(clock.seconds[WARM_UP:])
+
+
+def trainer_seconds(parts: Parts, folder: Path, steps: int) -> float:
+    """The same of the Trainer."""
+    clock = StepClock()
+    make_trainer(folder, parts, clock, max_steps=WARM_UP + steps, logging_steps=500).train()
+    return sum(clock.seconds[WARM_UP:])
+
+
+def peak_of(side: str, name: str, data: Path) -> float:
+    """Peak memory, in MB, of a process that trains a few steps."""
+    command = [sys.executable, "-m", "benchmarks.bench_training", "--data", str(data)]
+    command += ["--model", name, "--peak", side]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(result.stdout.splitlines()[-1]))
+
+
+def print_peak(side: str, name: str, data: Path) -> None:
+    """Trains with one side and prints this process' peak memory."""
+    parts = load(name, data, max_sentences=400)
+    if side == "Trainer":
+        with tempfile.TemporaryDirectory() as folder:
+            parts.save(Path(folder))
+            del parts.model
+            trainer_seconds(parts, Path(folder), 10)
+    else:
+        model, parts.model = parts.model, None  # type: ignore[assignment]
+        config = TrainConfig(max_steps=WARM_UP + 10, eval_strategy="no", **SIDES[side])
+        train(model, parts.train, config)
+    # Not getrusage's: that counts what the parent process held when it started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    print(int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1]) / 1024)
+
+
+def measure(name: str, data: Path, rounds: int, steps: int) -> dict[str, Any]:
+    """Times all sides with one model."""
+    parts = load(name, data)
+    order = epoch_order(len(parts.train), 42, 0)
+    counted = order[8 * WARM_UP : 8 * (WARM_UP + steps)]
+    tokens = int(parts.train.row_lengths[counted].sum())
+    padded = [parts.train.row_lengths[rows].max() * 8 for rows in counted.reshape(-1, 8)]
+    with tempfile.TemporaryDirectory() as folder:
+        parts.save(Path(folder))
+        sides = {"Trainer": lambda: trainer_seconds(parts, Path(folder), steps)}
+        for side, settings in SIDES.items():
+            sides[side] = lambda settings=settings: bertner_seconds(parts, settings, steps)
+        seconds = interleave(sides, rounds)
+    result: dict[str, Any] = {
+        "steps": steps,
+        "real_tokens_per_step": tokens / steps,
+        "padded_tokens_per_step": float(np.sum(padded)) / steps,
+        "sides": {},
+    }
+    print(f"\n{name}: {tokens / steps:.0f} real tokens a step, {sum(padded) / steps:.0f} padded")
+    print(f"{'':18s}   steps/s (spread)    tokens/s   x Trainer (spread)   peak MB")
+    for side, values in seconds.items():
+        rate, ratio = spread_of([steps / s for s in values]), ratios(seconds["Trainer"], values)
+        peak = peak_of(side, name, data)
+        result["sides"][side] = {
+            "seconds": values,
+            "steps_per_second": rate,
+            "tokens_per_second": tokens / steps * rate["median"],
+            "times_the_trainer": ratio,
+            "peak_mb": peak,
+        }
+        print(
+            f"{side:18s} {rate['median']:6.2f} ({rate['min']:.2f}-{rate['max']:.2f}) "
+            f"{tokens / steps * rate['median']:10.0f}   {ratio['median']:6.2f} "
+            f"({ratio['min']:.2f}-{ratio['max']:.2f}) {peak:12.0f}"
+        )
+    return result
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--model", action="append", choices=["minilm", "bert-base"])
+    parser.add_argument("--steps", type=int, default=20, help="counted steps in a round")
+    parser.add_argument("--peak", choices=["Trainer", *SIDES], help="print one side's peak memory")
+    options = parser.parse_args()
+    names = options.model or ["minilm", "bert-base"]
+    if options.peak:
+        print_peak(options.peak, names[0], options.data)
+        return
+    for name in names:
+        result = measure(name, options.data, options.rounds, options.steps)
+        print(write_result(f"training_{name}", result), "\n")
+
+
+if __name__ == "__main__":
+    main()
