@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from bertner.corpus import MAX_TYPES, Corpus, split_words
 from bertner.errors import DataError, StorageError
 from bertner.labels import B, I, O, label_list
-from bertner.readers import corpus_from_table, read_file, read_lines
+from bertner.readers import open_table, read_file, read_lines
 from tests.conftest import SAMPLE, SHARED_DATA, needs_conll
 
 Sentence = list[tuple[str, str]]  # (word, tag)
@@ -452,7 +452,7 @@ def test_a_folder_in_the_path_is_no_column(folder: Path) -> None:
 def test_table_without_a_file_is_hashed_by_content() -> None:
     def corpus_of(tags: list[list[Any]], words: Sequence[str] = ("a",)) -> Corpus:
         table = pa.table({"tokens": [list(words)], "ner_tags": tags})
-        return corpus_from_table(table, "made-up[train]", "tokens", "ner_tags", ["O", "B-X"])
+        return open_table(table, "made-up[train]", "tokens", "ner_tags", ["O", "B-X"]).read()
 
     corpus = corpus_of([["B-X"]])
     check_invariants(corpus)
@@ -473,7 +473,7 @@ def test_strings_that_are_not_utf8(folder: Path) -> None:
     with pytest.raises(
         DataError, match=r"^made-up: column 'tokens' holds what cannot be read: .*0xff"
     ):
-        corpus_from_table(table, "made-up", "tokens", "ner_tags", None)
+        open_table(table, "made-up", "tokens", "ner_tags", None).read()
     path = folder / "a.parquet"
     path.write_bytes(table_bytes(table))
     assert_refused(path, None, "not a readable parquet file .*UTF")
@@ -876,10 +876,12 @@ def test_missing_file_and_folder(tmp_path: Path, ending: str) -> None:
 def test_a_disk_that_fails_is_not_bad_data(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path) -> bytes:
-        raise OSError(errno.EIO, "Input/output error")
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", lambda *_: Failing())
+    monkeypatch.setattr(Path, "read_bytes", lambda _: Failing().read())
     with pytest.raises(StorageError, match="cannot be read: Input/output error") as caught:
         read_file(tmp_path / f"a.{ending}")
     assert caught.value.exit_code == 74
