@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bertner.config import BertConfig
-from bertner.corpus import Corpus, CorpusBuilder
+from bertner.corpus import CorpusBuilder
 from bertner.data import align_labels, labels_for, tokenize
 from bertner.errors import DataError
 from bertner.labels import LabelSet, label_list
@@ -89,19 +89,13 @@ def test_conll2003_train_in_the_cased_vocabulary(tmp_path: Path) -> None:
         assert dataset.labels[tokens].tolist() == expected
 
 
-def test_unknown_validation_tag_names_line_and_fix() -> None:
+def test_unknown_validation_tag_names_line_and_fix(tokenizer: Tokenizer) -> None:
     label_set = labels_for(corpus_of("Paris/B-LOC"))
     other = corpus_of("the", "Mary/B-PER")
     with pytest.raises(DataError, match=r"made-up:2: B-PER \('Mary'\) is not among") as caught:
-        align_labels_of(other, label_set)
+        tokenize(other, tokenizer, label_set)
     assert caught.value.exit_code == 65
     assert "train on data" in str(caught.value)
-
-
-def align_labels_of(corpus: Corpus, label_set: LabelSet) -> None:
-    from bertner.data import label_words
-
-    label_words(corpus, label_set)
 
 
 def test_a_corpus_without_entities_is_refused() -> None:
