@@ -83,9 +83,17 @@ def file_format(path: Path) -> str:
 def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes; raises what `read_file` does of a file that cannot be read."""
     path, digest = Path(path), hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
+    with _file_errors(path), path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_file(path: str | Path) -> None:
+    """Raises what `read_file` does of a file that is missing or may not be read."""
+    path = Path(path)
+    with _file_errors(path), path.open("rb"):
+        pass
 
 
 @contextmanager

@@ -20,7 +20,7 @@ ORDER = [
     ["attention", "checkpoint", "corpus", "hub"],
     ["readers", "tokenizer", "output_dir"],
     ["hub_datasets", "data"],
-    ["batches"],
+    ["batches", "data_cache"],
     ["model"],
     ["loop", "predict"],
     ["report"],
