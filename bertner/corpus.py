@@ -37,9 +37,9 @@ logger = logging.getLogger("bertner")
 # Label ids are 16-bit integers, two for each type and one for O; no real tag set comes near.
 MAX_TYPES = 10_000
 
-# A source is read this many words at a time: some 5,000 sentences, which cost about 20 MB while
+# A source is read this many words at a time: some 1,500 sentences, which cost about 5 MB while
 # they are Python objects, and long enough that array operations on them cost nothing a word.
-BLOCK_WORDS = 100_000
+BLOCK_WORDS = 25_000
 
 # What cannot stand in a label: it would break the lines of messages, cards and vocabularies.
 _NOT_IN_LABELS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

@@ -31,7 +31,7 @@ logger = logging.getLogger("bertner")
 NumberArray = NDArray[Any]
 
 # Words whose pieces are remembered. Few words make most of any text; the rest are tokenised again.
-_KNOWN_WORDS = 50_000
+_KNOWN_WORDS = 100_000
 
 # Temporary arrays are made for this many tokens at a time.
 _SLICE_TOKENS = 1 << 18

@@ -23,8 +23,8 @@ _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 _DOCUMENT_COLUMNS = ("document_id", "doc_id")
 
 # How much of a source is turned into Python objects at a time.
-_CHUNK_BYTES = 1 << 20
-_TABLE_ROWS = 5_000
+_CHUNK_BYTES = 1 << 18
+_TABLE_ROWS = 1_000
 
 
 def read_file(
