@@ -102,7 +102,8 @@ def _download(name: str, revision: str | None, weights: bool) -> ModelSource:
             folder = _snapshot(name, revision, weights, cached=True)
         if folder is None:
             raise
-        logger.warning("%s: using the cached copy (%s)", name, _reason(error.__cause__))
+        if weights:  # or they are still to be asked for, and this to be said
+            logger.warning("%s: using the cached copy (%s)", name, _reason(error.__cause__))
     else:
         folder = _snapshot(name, revision, weights, cached=False)
     if not (folder / "config.json").is_file():

@@ -90,10 +90,14 @@ def hash_file(path: str | Path) -> str:
 
 
 def check_file(path: str | Path) -> None:
-    """Raises what `read_file` does of a file that is missing or may not be read."""
+    """Raises what `read_file` does of a file that is missing or may not be read.
+
+    A pipe is left alone: opening it is part of reading it.
+    """
     path = Path(path)
-    with _file_errors(path), path.open("rb"):
-        pass
+    with _file_errors(path):
+        if not path.is_fifo():
+            path.open("rb").close()
 
 
 @contextmanager

@@ -264,7 +264,8 @@ def _prepare_data(
             if split == "train"
             else config.max_eval_samples,
         }
-        if isinstance(source, Path) and config.data_cache:
+        # A pipe can be read only once, and so not be hashed first.
+        if isinstance(source, Path) and source.is_file() and config.data_cache:
             prepared[split] = prepare_file(
                 source, tokenizer, label_set, name=split, columns=columns, settings=settings
             )

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Tokenizer:
             )
         return min(max_seq_length or self.model_max_length, self.model_max_length)
 
-    @property
+    @cached_property
     def num_ids(self) -> int:
         """One more than the highest id."""
         return max(self.fast.get_vocab().values()) + 1

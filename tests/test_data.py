@@ -287,7 +287,7 @@ def test_a_tag_that_the_labels_lack_in_a_later_block(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "corpus.txt"
-    path.write_text("Paris B-LOC\n\n" * 20 + "said O\nMary B-PER\n\nPoe B-PER\n")
+    path.write_text("Paris B-LOC\n\n" * 20 + "said O\nMary B-PER\n\n" + "Poe B-PER\n\n" * 9)
     monkeypatch.setattr(CorpusStream, "blocks", partialmethod(CorpusStream.blocks, 4))
     label_set = LabelSet(("O", "B-LOC", "I-LOC"))
     with pytest.raises(DataError, match=r"corpus.txt:42: B-PER \('Mary'\) is not among"):
