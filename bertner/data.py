@@ -33,6 +33,11 @@ NumberArray = NDArray[Any]
 # Words whose pieces are remembered. Few words make most of any text; the rest are tokenised again.
 _KNOWN_WORDS = 100_000
 
+# A growing array of more bytes than the first is moved out of the heap; one of the second size
+# always has pages of its own (glibc's highest threshold is 32 MiB).
+_HEAP_BYTES = 1 << 18
+_OWN_PAGES_BYTES = 33 << 20
+
 # Temporary arrays are made for this many tokens at a time.
 _SLICE_TOKENS = 1 << 18
 
@@ -231,7 +236,7 @@ def prepare(
         sha256=stream.digest.hexdigest(),
         scheme=scheme,
         type_names=tuple(sorted(reader.kinds)),
-        num_documents=builder.num_documents,
+        num_documents=builder.count_documents(),
         num_sentences=builder.num_sentences,
         num_words=builder.num_words,
         entity_counts=builder.entity_counts(reader.kinds),
@@ -257,16 +262,32 @@ class _GrowingArray:
             self._array = self._array.astype(np.int64)
         end = self._size + len(values)
         if end > len(self._array):
-            # By an eighth, so that little is left unused. `resize` has the C library move the
-            # memory, which for large arrays copies nothing; concatenating would hold all twice.
-            self._array.resize(end + end // 8, refcheck=False)
+            self._reserve(end + end // 8)
         self._array[self._size : end] = values
         self._size = end
 
-    def finish(self) -> IntArray:
-        """The array, without room to spare; nothing may be appended any more."""
-        self._array.resize(self._size, refcheck=False)
-        return self._array
+    def _reserve(self, capacity: int) -> None:
+        """Makes room without holding all of a large array twice, or leaving holes in the heap.
+
+        The C library keeps a large array in pages of its own: those that are not written to yet
+        cost nothing, and `resize` moves them without a copy.
+        """
+        itemsize = self._array.itemsize
+        if self._array.nbytes >= _OWN_PAGES_BYTES:
+            self._array.resize(capacity, refcheck=False)
+            return
+        if capacity * itemsize > _HEAP_BYTES:
+            capacity = max(capacity, _OWN_PAGES_BYTES // itemsize + 1)
+        array = np.empty(capacity, self._array.dtype)
+        array[: self._size] = self._array[: self._size]
+        self._array = array
+
+    def take(self) -> IntArray:
+        """The array, without room to spare; it is no longer kept here."""
+        array, self._array = self._array, np.empty(0, self._array.dtype)
+        array.resize(self._size, refcheck=False)
+        self._size = 0
+        return array
 
 
 class _WordPieces:
@@ -322,7 +343,7 @@ class _DatasetBuilder:
         self._word_pieces = _WordPieces(tokenizer)
         self._input_ids = _GrowingArray(np.uint16 if tokenizer.num_ids <= 1 << 16 else np.int32)
         self._word_ids = _GrowingArray(np.int32)
-        self._tags = _GrowingArray(np.int16)  # of each word: see _tag_numbers
+        self._tags = _GrowingArray(np.int16)  # of each word: see _tag_number
         self._row_lengths = _GrowingArray(np.int32)
         self._row_sentences = _GrowingArray(np.int32)
         self._sentence_ends = _GrowingArray(np.int32)
@@ -384,10 +405,9 @@ class _DatasetBuilder:
             self._tag_counts[int(tag)] = self._tag_counts.get(int(tag), 0) + int(count)
             self._first_use.setdefault(int(tag), (int(block.lines[first]), block.words[first]))
 
-    @property
-    def num_documents(self) -> int:
-        """Number of documents so far."""
-        return len(np.unique(self._documents.finish()))
+    def count_documents(self) -> int:
+        """Number of documents since the last time."""
+        return len(np.unique(self._documents.take()))
 
     def entity_counts(self, kinds: Sequence[str]) -> dict[str, int]:
         """Number of entities of each type, sorted by its name; `kinds[t]` names type `t`."""
@@ -398,7 +418,7 @@ class _DatasetBuilder:
     def finish(
         self, kinds: Sequence[str], label_set: LabelSet, label_all_tokens: bool
     ) -> TokenDataset:
-        """All rows.
+        """Takes out all rows.
 
         Args:
             kinds: Name of each type number.
@@ -410,27 +430,29 @@ class _DatasetBuilder:
         """
         label_of = self._labels_of_tags(kinds, label_set)
         self._warn_of_length()
-        word_ids, tags = self._word_ids.finish(), self._tags.finish()
+        tags = self._tags.take()
         word_labels = np.empty(len(tags), dtype=label_of.dtype)
         for i in range(0, len(tags), _SLICE_TOKENS):
             word_labels[i : i + _SLICE_TOKENS] = label_of[tags[i : i + _SLICE_TOKENS]]
+        del tags  # memory is at its peak below
         row_starts = np.zeros(len(self._row_lengths) + 1, dtype=np.int64)
-        np.cumsum(self._row_lengths.finish(), out=row_starts[1:])
+        np.cumsum(self._row_lengths.take(), out=row_starts[1:])
+        word_ids = self._word_ids.take()
         labels = np.empty(len(word_ids), dtype=label_of.dtype)
         for _, tokens in _row_slices(row_starts):
             labels[tokens] = align_labels(
                 word_labels, word_ids[tokens], label_set, label_all_tokens
             )
-        sentence_ends = self._sentence_ends.finish()
+        sentence_ends = self._sentence_ends.take()
         return TokenDataset(
-            input_ids=self._input_ids.finish(),
+            input_ids=self._input_ids.take(),
             word_ids=word_ids,
             labels=labels,
             row_starts=row_starts,
-            row_sentences=self._row_sentences.finish(),
+            row_sentences=self._row_sentences.take(),
             word_labels=word_labels,
             sentence_starts=np.concatenate([np.zeros(1, sentence_ends.dtype), sentence_ends]),
-            sentence_lines=self._sentence_lines.finish(),
+            sentence_lines=self._sentence_lines.take(),
             source=self.source,
             label_set=label_set,
             pad_id=self._tokenizer.pad_id,

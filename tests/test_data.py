@@ -323,14 +323,21 @@ def test_labels_are_as_narrow_as_their_number(
     assert dataset.row_starts.dtype == np.int64
 
 
-def test_a_growing_array_widens_when_a_value_needs_it() -> None:
+@pytest.mark.parametrize("own_pages_bytes", [data._OWN_PAGES_BYTES, 400])
+def test_a_growing_array_widens_when_a_value_needs_it(
+    own_pages_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_HEAP_BYTES", 200)
+    monkeypatch.setattr(data, "_OWN_PAGES_BYTES", own_pages_bytes)
     array, values = data._GrowingArray(np.int32), [-1, 2**31 - 1]
     array.append(np.array(values))
     for k in range(200):
         array.append(np.arange(k))
         values += range(k)
-    assert array.finish().dtype == np.int32
-    assert array.finish().tolist() == values
-    array.append(np.array([2**31]))
-    assert array.finish().dtype == np.int64
-    assert array.finish().tolist() == [*values, 2**31]
+    taken = array.take()
+    assert (taken.dtype, taken.tolist()) == (np.int32, values)
+    for more in (values, [2**31], [7]):
+        array.append(np.array(more))
+    taken = array.take()
+    assert (taken.dtype, taken.tolist()) == (np.int64, [*values, 2**31, 7])
+    assert array.take().tolist() == []
