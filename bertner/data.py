@@ -270,7 +270,8 @@ class _GrowingArray:
         """Makes room without holding all of a large array twice, or leaving holes in the heap.
 
         The C library keeps a large array in pages of its own: those that are not written to yet
-        cost nothing, and `resize` moves them without a copy.
+        cost nothing, and `resize` adds to them or moves them. Only the first time, when it is
+        small, may it be copied (NumPy asks for huge pages, which do not move).
         """
         itemsize = self._array.itemsize
         if self._array.nbytes >= _OWN_PAGES_BYTES:
