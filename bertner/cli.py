@@ -163,7 +163,9 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--model", "--model_name_or_path", required=True)
         parser.add_argument("files", nargs="*", metavar="FILE", help="default: standard input")
-        parser.add_argument("--batch_size", type=_positive, default=32)
+        parser.add_argument(
+            "--batch_tokens", type=_positive, default=2048, help="tokens computed at a time"
+        )
         parser.add_argument("--device", default="auto")
         options = parser.parse_args(arguments)
         from bertner.run import run_prediction
@@ -211,7 +213,7 @@ def _guarded(program: str, command: Callable[[], None]) -> int:
             raise
         print(
             f"{program}: out of memory; use smaller batches (--per_device_train_batch_size, "
-            "--per_device_eval_batch_size, --batch_size) or a shorter --max_seq_length",
+            "--per_device_eval_batch_size, --batch_tokens) or a shorter --max_seq_length",
             file=sys.stderr,
         )
         return UsageError.exit_code

@@ -254,6 +254,14 @@ class TrainConfig:
     warmup_ratio: float = _option(0.0, "share of all steps that is warmup")
     seed: int = _option(42, "draws the head, the order of the data and the dropout")
     # Machine
+    packing: bool = _option(
+        True, "batches of real tokens only; --no-packing pads them, as the Trainer does"
+    )
+    matmul: str = _option(
+        "auto",
+        "library for float32 matrix products: auto takes the fastest that is exact here",
+        choices="auto default onednn",
+    )
     dtype: str = _option("float32", "arithmetic (autocast)", choices="float32 bfloat16")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
     # Watching and saving

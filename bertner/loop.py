@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from bertner.batches import batches_by_length, collate, step_batches
+from bertner import kernels
+from bertner.batches import (
+    EVAL_TOKENS,
+    PackedBatch,
+    PaddedBatch,
+    collate,
+    pack,
+    packed_by_length,
+    padded_by_length,
+    step_batches,
+)
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset
 from bertner.errors import NotFiniteError, UsageError
@@ -212,46 +222,64 @@ def train(
     steps_per_epoch = config.steps_per_epoch(len(dataset))
     progress = _Progress(config, total_steps, steps_per_epoch, evaluation, watcher, save)
     model.train()
+    make_batch = pack if config.packing else collate
 
-    for epoch in itertools.count():
-        batches = step_batches(
-            len(dataset),
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            config.seed,
-            epoch,
-        )
-        for step, micro_batches in enumerate(batches, epoch * steps_per_epoch):
-            optimizer.zero_grad()
-            num_labelled = sum(int(dataset.row_num_labelled[rows].sum()) for rows in micro_batches)
-            loss_sum = torch.zeros((), device=device)
-            for k, rows in enumerate(micro_batches):
-                batch = collate(dataset, rows, device)
-                torch.manual_seed(dropout_seed(config.seed, step, k))
-                with autocast(device, config.dtype):
-                    logits = model(batch.input_ids, batch.attention_mask).logits  # (B, T, C)
-                share = token_loss(logits, batch.labels, "sum") / max(num_labelled, 1)
-                share.backward()  # type: ignore[no-untyped-call]
-                loss_sum += share.detach()
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            # The one place where a step waits for the device: weights must not take a bad step.
-            loss, grad_norm = loss_sum.item(), norm.item()
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise _not_finite(step, loss, grad_norm, dataset, micro_batches)
-            if config.max_grad_norm > 0:
-                nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-            rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+    with _short_ways(model, config):
+        for epoch in itertools.count():
+            batches = step_batches(
+                len(dataset),
+                config.per_device_train_batch_size,
+                config.gradient_accumulation_steps,
+                config.seed,
+                epoch,
+            )
+            for step, micro_batches in enumerate(batches, epoch * steps_per_epoch):
+                optimizer.zero_grad()
+                num_labelled = sum(
+                    int(dataset.row_num_labelled[rows].sum()) for rows in micro_batches
+                )
+                loss_sum = torch.zeros((), device=device)
+                for k, rows in enumerate(micro_batches):
+                    batch = make_batch(dataset, rows, device)
+                    torch.manual_seed(dropout_seed(config.seed, step, k))
+                    with autocast(device, config.dtype):
+                        logits = model(batch.input_ids, **batch.layout).logits
+                    share = token_loss(logits, batch.labels, "sum") / max(num_labelled, 1)
+                    share.backward()  # type: ignore[no-untyped-call]
+                    loss_sum += share.detach()
+                norm = kernels.gradient_norm(parameters)
+                # The one place where a step waits for the device: weights must not take a bad step.
+                loss, grad_norm = loss_sum.item(), norm.item()
+                if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                    raise _not_finite(step, loss, grad_norm, dataset, micro_batches)
+                if config.max_grad_norm > 0:
+                    kernels.clip(optimizer, config.max_grad_norm, norm, fold=config.packing)
+                rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
 
-            # What follows only watches: it changes no weight.
-            num_tokens = sum(int(dataset.row_lengths[rows].sum()) for rows in micro_batches)
-            report = progress.after_step(model, step + 1, loss, grad_norm, rate, num_tokens)
-            if step + 1 == total_steps:
-                model.eval()
-                return progress.result(report)
+                # What follows only watches: it changes no weight.
+                num_tokens = sum(int(dataset.row_lengths[rows].sum()) for rows in micro_batches)
+                report = progress.after_step(model, step + 1, loss, grad_norm, rate, num_tokens)
+                if step + 1 == total_steps:
+                    model.eval()
+                    return progress.result(report)
     raise AssertionError("unreachable: total_steps is at least 1")
+
+
+@contextmanager
+def _short_ways(model: BertForNER, config: TrainConfig) -> Iterator[None]:
+    """The primitives of `kernels` for packed rows; none for padded ones, the reference."""
+    if not config.packing:
+        yield
+        return
+    model.stack_projections()
+    with (
+        kernels.hot_path(config.matmul, model.device, config.dtype),
+        kernels.gradient_buffers(model),
+    ):
+        yield
 
 
 def _not_finite(
@@ -355,6 +383,8 @@ class _Progress:
             self.dataset,
             self.config.per_device_eval_batch_size,
             dtype=self.config.dtype,
+            packing=self.config.packing,
+            matmul=self.config.matmul,
             on_batch=self.watcher.evaluating(len(self.dataset)) if self.watcher else None,
         )
         name = self.config.metric_for_best_model.removeprefix("eval_")
@@ -387,33 +417,44 @@ def evaluate(
     batch_size: int = 8,
     *,
     dtype: str = "float32",
+    packing: bool = True,
+    matmul: str = "auto",
     on_batch: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Scores a model; what is kept of each batch is one label a token, never its logits.
+    """Scores a model; what is kept of each batch is one label and one loss a token.
 
     Args:
         model: Its mode (training or evaluation) is left as it was.
         dataset: Labelled rows.
-        batch_size: Rows in a batch; only `loss_batch_mean` depends on it.
+        batch_size: Rows in a padded batch; packed ones have `EVAL_TOKENS` tokens, and then it says
+            only over how many rows `loss_batch_mean` averages.
         dtype: "float32" or "bfloat16" arithmetic.
+        packing: Compute real tokens only; else pad rows, as the Trainer does.
+        matmul: See `TrainConfig.matmul`; for packed rows.
         on_batch: Is told the number of rows of each batch done.
     """
     start = time.perf_counter()
-    was_training = model.training
+    device, was_training = model.device, model.training
     model.eval()
     predicted = np.zeros(len(dataset.input_ids), dtype=np.int16)
-    row_losses = np.zeros(len(dataset))
-    for rows, batch in batches_by_length(dataset, batch_size, model.device):
-        with autocast(model.device, dtype):
-            logits = model(batch.input_ids, batch.attention_mask).logits  # (B, T, C)
-        is_token = batch.attention_mask.bool()
-        predicted[batch.token_index] = logits.argmax(-1)[is_token].cpu().numpy()
-        losses = token_loss(logits, batch.labels, "none").cpu()  # (B, T); MPS has no float64
-        row_losses[rows] = losses.sum(1, dtype=torch.float64)
-        if on_batch is not None:
-            on_batch(len(rows))
+    losses = np.zeros(len(dataset.input_ids), dtype=np.float32)
+    batches: Iterator[PackedBatch | PaddedBatch] = (
+        packed_by_length(dataset, EVAL_TOKENS, device)
+        if packing
+        else padded_by_length(dataset, batch_size, device)
+    )
+    with kernels.hot_path(matmul, device, dtype) if packing else nullcontext():
+        for batch in batches:
+            with autocast(device, dtype):
+                logits = model(batch.input_ids, **batch.layout).logits  # (P, C) or (B, T, C)
+            loss = token_loss(logits, batch.labels, "none")
+            predicted[batch.token_index] = batch.real(logits.argmax(-1)).cpu().numpy()
+            losses[batch.token_index] = batch.real(loss).cpu().numpy()
+            if on_batch is not None:
+                on_batch(len(batch.rows))
     model.train(was_training)
 
+    row_losses = np.add.reduceat(losses, dataset.row_starts[:-1], dtype=np.float64)
     scored = dataset.labels != IGNORE_INDEX
     label_set = dataset.label_set
     word_predictions = dataset.decide_words(predicted, label_set.outside)

@@ -4,7 +4,13 @@ The module tree spells the state-dict keys of `transformers`, so that weights go
 no converter. The computation follows Devlin et al. (2019) as the original code has it: embeddings
 add word and token type, then position; LayerNorm comes after each residual; GELU is exact.
 
-Shape legend: B batch, T padded length, D hidden size, N heads, H head size, C labels.
+Rows come in one of two forms. Padded, (B, T), they go through PyTorch's own modules, number for
+number as in `transformers`: the reference. Packed, (P,) with `cu_seqlens`, there are real tokens
+only, and the layers take the shorter ways of `kernels` and `attention`: the hot path. The hidden
+states' number of dimensions, 3 or 2, tells which it is.
+
+Shape legend: B batch, T padded length, P packed tokens, D hidden size, N heads, H head size,
+C labels.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bertner.attention import ATTENTION, attention_mask_for
+from bertner import kernels
+from bertner.attention import ATTENTION, attention_mask_for, attention_packed
 from bertner.checkpoint import Weights, check_weights, read_json, save_model
 from bertner.config import BertConfig
 from bertner.errors import ModelError, UsageError
 from bertner.hub import find_model
 from bertner.labels import IGNORE_INDEX, LabelSet
+from bertner.packing import Packing
 
 logger = logging.getLogger("bertner")
 
@@ -92,6 +101,17 @@ class BertEmbeddings(nn.Module):
         hidden_states = hidden_states + self.position_embeddings(positions)
         return cast(Tensor, self.dropout(self.LayerNorm(hidden_states)))
 
+    def packed(self, input_ids: Tensor, token_type_ids: Tensor | None, packing: Packing) -> Tensor:
+        """The same for packed tokens: (P,) ids to (P, D)."""
+        if token_type_ids is None:
+            token_type = self.token_type_embeddings.weight[0]  # (D,)
+        else:
+            token_type = self.token_type_embeddings(token_type_ids)
+        hidden_states = kernels.embedding(input_ids, self.word_embeddings) + token_type
+        position = kernels.embedding(packing.position_ids, self.position_embeddings)
+        hidden_states = self.LayerNorm(hidden_states + position)
+        return packing.dropout(hidden_states, self.dropout.p)
+
 
 class BertSelfAttention(nn.Module):
     """Multi-head self-attention, without its output projection."""
@@ -105,8 +125,10 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+        """(B, T, D) to (B, T, D), or (P, D) to (P, D)."""
+        if isinstance(rows, Packing):
+            return self.packed(hidden_states, rows)
         batch, length, _ = hidden_states.shape
 
         def split_heads(x: Tensor) -> Tensor:
@@ -116,8 +138,16 @@ class BertSelfAttention(nn.Module):
         key = split_heads(self.key(hidden_states))  # (B, N, T, H)
         value = split_heads(self.value(hidden_states))  # (B, N, T, H)
         dropout = self.dropout_prob if self.training else 0.0
-        context = self.attention(query, key, value, mask, dropout)  # (B, N, T, H)
+        context = self.attention(query, key, value, rows, dropout)  # (B, N, T, H)
         return context.transpose(1, 2).reshape(batch, length, -1)
+
+    def packed(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+        """(P, D) to (P, D)."""
+        qkv = kernels.linear(hidden_states, self.query, self.key, self.value)  # (P, 3 * D)
+        draw_keep = None
+        if packing.masks is not None and self.dropout_prob > 0.0:
+            draw_keep = partial(packing.masks.draw, p=self.dropout_prob)
+        return attention_packed(qkv, self.num_attention_heads, packing.blocks, draw_keep)
 
 
 class BertResidual(nn.Module):
@@ -129,9 +159,14 @@ class BertResidual(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, sublayer_output: Tensor, sublayer_input: Tensor) -> Tensor:
-        """(B, T, in_size) and (B, T, D) to (B, T, D)."""
-        projected = self.dropout(self.dense(sublayer_output))
+    def forward(
+        self, sublayer_output: Tensor, sublayer_input: Tensor, rows: Tensor | Packing | None
+    ) -> Tensor:
+        """(B, T, in_size) and (B, T, D) to (B, T, D), or the same packed."""
+        if isinstance(rows, Packing):
+            projected = rows.dropout(kernels.linear(sublayer_output, self.dense), self.dropout.p)
+        else:
+            projected = self.dropout(self.dense(sublayer_output))
         return cast(Tensor, self.LayerNorm(projected + sublayer_input))
 
 
@@ -143,9 +178,9 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config, attention)
         self.output = BertResidual(config.hidden_size, config)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        return cast(Tensor, self.output(self.self(hidden_states, mask), hidden_states))
+    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+        """(B, T, D) to (B, T, D), or the same packed."""
+        return cast(Tensor, self.output(self.self(hidden_states, rows), hidden_states, rows))
 
 
 class BertIntermediate(nn.Module):
@@ -158,9 +193,13 @@ class BertIntermediate(nn.Module):
             nn.PReLU() if config.hidden_act == "prelu" else ACTIVATION_FUNCTIONS[config.hidden_act]
         )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, intermediate_size)."""
-        return cast(Tensor, self.intermediate_act_fn(self.dense(hidden_states)))
+    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+        """(B, T, D) to (B, T, intermediate_size), or the same packed."""
+        if isinstance(rows, Packing):
+            wide = kernels.linear(hidden_states, self.dense)
+        else:
+            wide = self.dense(hidden_states)
+        return cast(Tensor, self.intermediate_act_fn(wide))
 
 
 class BertLayer(nn.Module):
@@ -172,10 +211,10 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertResidual(config.intermediate_size, config)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        attended = self.attention(hidden_states, mask)
-        return cast(Tensor, self.output(self.intermediate(attended), attended))
+    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+        """(B, T, D) to (B, T, D), or the same packed."""
+        attended = self.attention(hidden_states, rows)
+        return cast(Tensor, self.output(self.intermediate(attended, rows), attended, rows))
 
 
 class BertEncoder(nn.Module):
@@ -187,10 +226,10 @@ class BertEncoder(nn.Module):
             BertLayer(config, attention) for _ in range(config.num_hidden_layers)
         )
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+        """(B, T, D) to (B, T, D), or the same packed."""
         for layer in self.layer:
-            hidden_states = layer(hidden_states, mask)
+            hidden_states = layer(hidden_states, rows)
         return hidden_states
 
 
@@ -205,19 +244,21 @@ class BertModel(nn.Module):
         self.max_position_embeddings = config.max_position_embeddings
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+        self, input_ids: Tensor, rows: Tensor | Packing | None, token_type_ids: Tensor | None
     ) -> Tensor:
-        """(B, T) ids to (B, T, D) hidden states."""
-        if input_ids.shape[1] > self.max_position_embeddings:
+        """(B, T) ids and their attention mask to (B, T, D), or (P,) and their packing to (P, D)."""
+        length = rows.max_length if isinstance(rows, Packing) else input_ids.shape[1]
+        if length > self.max_position_embeddings:
             raise ValueError(
-                f"{input_ids.shape[1]} tokens in a row, but the model has "
+                f"{length} tokens in a row, but the model has "
                 f"{self.max_position_embeddings} positions; cut the text into shorter rows"
             )
-        hidden_states = self.embeddings(input_ids, token_type_ids)
-        mask = attention_mask_for(
-            self.attention_implementation, attention_mask, hidden_states.dtype
-        )
-        return cast(Tensor, self.encoder(hidden_states, mask))
+        if isinstance(rows, Packing):
+            hidden_states = self.embeddings.packed(input_ids, token_type_ids, rows)
+        else:
+            hidden_states = self.embeddings(input_ids, token_type_ids)
+            rows = attention_mask_for(self.attention_implementation, rows, hidden_states.dtype)
+        return cast(Tensor, self.encoder(hidden_states, rows))
 
 
 @dataclass(frozen=True)
@@ -225,7 +266,7 @@ class TokenClassifierOutput:
     """What `BertForNER` returns.
 
     Attributes:
-        logits: (B, T, C) scores of each label.
+        logits: (B, T, C) scores of each label; (P, C) of packed tokens.
         loss: Scalar, mean over the labels that are not -100; None if no labels were given.
     """
 
@@ -237,14 +278,14 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
     """Cross-entropy of the labelled tokens, in float32.
 
     Args:
-        logits: (B, T, C).
-        labels: (B, T), IGNORE_INDEX where a token has none.
-        reduction: "mean" or "sum" over the labelled tokens, for a scalar; "none" for (B, T), zero
-            where there is no label.
+        logits: (B, T, C), or (P, C).
+        labels: (B, T), or (P,); IGNORE_INDEX where a token has none.
+        reduction: "mean" or "sum" over the labelled tokens, for a scalar; "none" for a loss for
+            each token, zero where there is no label.
     """
     # Flattened: the 2-d kernel of the loss has no deterministic form on CUDA.
     loss = F.cross_entropy(
-        logits.float().flatten(0, 1),
+        logits.float().flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction=reduction,
@@ -289,17 +330,26 @@ class BertForNER(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> TokenClassifierOutput:
-        """Scores every token.
+        """Scores every token of rows that are padded, (B, T), or packed one after another, (P,).
 
         Args:
-            input_ids: (B, T) integer ids.
+            input_ids: (B, T) or (P,) integer ids.
             attention_mask: (B, T), non-zero for tokens, zero for padding; None for no padding.
-            token_type_ids: (B, T), None for all zero.
-            labels: (B, T) label ids, -100 where a token has none.
+            token_type_ids: (B, T) or (P,), None for all zero.
+            labels: (B, T) or (P,) label ids, -100 where a token has none.
+            cu_seqlens: (B + 1,) for packed rows: where each begins, and the number of tokens.
         """
-        hidden_states = self.bert(input_ids, attention_mask, token_type_ids)
-        logits = self.classifier(self.dropout(hidden_states))  # (B, T, C)
+        if cu_seqlens is None:
+            hidden_states = self.dropout(self.bert(input_ids, attention_mask, token_type_ids))
+        else:
+            if attention_mask is not None:
+                raise ValueError("packed rows have no padding: attention_mask must be None")
+            packing = Packing(cu_seqlens, self.training)
+            hidden_states = self.bert(input_ids, packing, token_type_ids)
+            hidden_states = packing.dropout(hidden_states, self.dropout.p)
+        logits = self.classifier(hidden_states)  # (B, T, C) or (P, C)
         loss = None if labels is None else token_loss(logits, labels, "mean")
         return TokenClassifierOutput(logits, loss)
 
@@ -319,6 +369,12 @@ class BertForNER(nn.Module):
                 "tags: it is not a trained model for named entities; train one with bertner-train"
             ) from None
         return label_set
+
+    def stack_projections(self) -> None:
+        """Lays query, key and value side by side in memory, for `kernels.linear`; same values."""
+        for module in self.modules():
+            if isinstance(module, BertSelfAttention):
+                kernels.stack([module.query, module.key, module.value])
 
     @property
     def num_parameters(self) -> int:
@@ -382,6 +438,7 @@ class BertForNER(nn.Module):
         if other_head:
             logger.info("not used from %s: %s", folder, ", ".join(other_head))
         model.load_state_dict(state, strict=True, assign=True)
+        model.stack_projections()
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from bertner.batches import batches_by_length
+from bertner import kernels
+from bertner.batches import EVAL_TOKENS, packed_by_length
 from bertner.corpus import Corpus, split_words
 from bertner.data import TokenDataset, tokenize
 from bertner.hub import find_model
@@ -45,18 +46,24 @@ class Tagger:
     Args:
         model: Trained model.
         tokenizer: Its tokenizer.
-        batch_size: Rows in a batch.
+        batch_tokens: Tokens that are computed at a time.
     """
 
-    def __init__(self, model: BertForNER, tokenizer: Tokenizer, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: BertForNER, tokenizer: Tokenizer, batch_tokens: int = EVAL_TOKENS
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
         self.label_set = model.label_set
 
     @classmethod
     def from_pretrained(
-        cls, model_name_or_path: str | Path, *, device: str = "cpu", batch_size: int = 32
+        cls,
+        model_name_or_path: str | Path,
+        *,
+        device: str = "cpu",
+        batch_tokens: int = EVAL_TOKENS,
     ) -> Tagger:
         """Loads a model folder, or a model from the Hub.
 
@@ -65,7 +72,7 @@ class Tagger:
         """
         source = find_model(model_name_or_path)
         model = BertForNER.from_pretrained(source.folder).to(device)
-        return cls(model, Tokenizer.from_pretrained(source.folder, model.config), batch_size)
+        return cls(model, Tokenizer.from_pretrained(source.folder, model.config), batch_tokens)
 
     def __call__(self, texts: Sequence[str]) -> list[list[Entity]]:
         """Entities of each text, in order; a text longer than the model's window is no problem."""
@@ -98,11 +105,13 @@ class Tagger:
         """(num_words,) label and its probability for every word; O for words without pieces."""
         labels = np.zeros(len(dataset.input_ids), dtype=np.int16)
         scores = np.zeros(len(dataset.input_ids), dtype=np.float32)
-        for _, batch in batches_by_length(dataset, self.batch_size, self.model.device):
-            logits = self.model(batch.input_ids, batch.attention_mask).logits
-            best = F.softmax(logits[batch.attention_mask.bool()].float(), dim=-1).max(-1)
-            labels[batch.token_index] = best.indices.cpu().numpy()
-            scores[batch.token_index] = best.values.cpu().numpy()
+        device = self.model.device
+        with kernels.hot_path("auto", device, "float32"):
+            for batch in packed_by_length(dataset, self.batch_tokens, device):
+                logits = self.model(batch.input_ids, cu_seqlens=batch.cu_seqlens).logits
+                best = F.softmax(logits, dim=-1).max(-1)
+                labels[batch.token_index] = best.indices.cpu().numpy()
+                scores[batch.token_index] = best.values.cpu().numpy()
         return (
             dataset.decide_words(labels, self.label_set.outside),
             dataset.decide_words(scores, 1),

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bertner import __version__
+from bertner import __version__, kernels
 from bertner.card import RunFacts, model_card
 from bertner.checkpoint import (
     Weights,
@@ -297,15 +297,21 @@ def _announce(config: TrainConfig, parts: _Parts, total_steps: int) -> None:
             corpus.source,
         )
     logger.info(
-        "%d steps on %s with %d threads, %s, attention %s, seed %d, into %s",
+        "%d steps on %s with %d threads, %s, rows %s, seed %d, into %s",
         total_steps,
         model.device,
         torch.get_num_threads(),
         config.dtype,
-        config.attn_implementation,
+        "packed" if config.packing else f"padded, attention {config.attn_implementation}",
         config.seed,
         config.output_dir,
     )
+    if config.packing:
+        logger.info("matrix products: %s", _products(config, model))
+
+
+def _products(config: TrainConfig, model: BertForNER) -> kernels.Products:
+    return kernels.choose_products(config.matmul, model.device, config.dtype)
 
 
 def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, Any]:
@@ -341,6 +347,8 @@ def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, An
             **{package: version(package) for package in PACKAGES},
         },
         "device": f"{device.type}, {name}, {torch.get_num_threads()} threads",
+        # Another choice, another sum of roundings: it is part of what the bits depend on.
+        "products": dataclasses.asdict(_products(config, parts.model)) if config.packing else None,
     }
 
 
@@ -375,6 +383,8 @@ def _final_evaluations(
                 parts.datasets[split],
                 config.per_device_eval_batch_size,
                 dtype=config.dtype,
+                packing=config.packing,
+                matmul=config.matmul,
                 on_batch=report.evaluating(len(parts.datasets[split])),
             )
     return evaluations
@@ -445,13 +455,15 @@ def run_evaluation(options: argparse.Namespace) -> None:
 def run_prediction(options: argparse.Namespace) -> None:
     """`bertner-predict`: entities of the lines of files or stdin, in order, as JSON lines."""
     tagger = Tagger.from_pretrained(
-        options.model, device=str(find_device(options.device)), batch_size=options.batch_size
+        options.model,
+        device=str(find_device(options.device)),
+        batch_tokens=options.batch_tokens,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # JSON is, whatever the locale
     lines = _lines(options.files)
-    # A few batches at a time: enough to sort by length, and memory does not grow with the input.
-    while texts := list(islice(lines, 16 * options.batch_size)):
+    # Some at a time: enough to sort by length, and memory does not grow with the input.
+    while texts := list(islice(lines, 1024)):
         for text, entities in zip(texts, tagger(texts), strict=True):
             record = {"text": text, "entities": [dataclasses.asdict(e) for e in entities]}
             print(json.dumps(record, ensure_ascii=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,14 +88,16 @@ def test_a_run_learns(parts: Parts) -> None:
     assert not model.training
 
 
-def test_the_losses_of_a_recorded_run(parts: Parts) -> None:
+@pytest.mark.parametrize(
+    ("packing", "recording"), [(False, "tiny_losses.txt"), (True, "tiny_losses_packed.txt")]
+)
+def test_the_losses_of_a_recorded_run(parts: Parts, packing: bool, recording: str) -> None:
     """Guards against any change of the mathematics; rewrite the file only with a reason."""
     model, rows, _ = parts
     watched = Losses()
-    train(
-        model, rows, TrainConfig(max_steps=12, learning_rate=3e-3, warmup_steps=3), watcher=watched
-    )
-    recorded = (REPOSITORY / "tests" / "golden" / "tiny_losses.txt").read_text().split()
+    config = TrainConfig(max_steps=12, learning_rate=3e-3, warmup_steps=3, packing=packing)
+    train(model, rows, config, watcher=watched)
+    recorded = (REPOSITORY / "tests" / "golden" / recording).read_text().split()
     assert watched.loss == pytest.approx([float(loss) for loss in recorded], rel=1e-4)
 
 
@@ -207,12 +210,13 @@ def poison_gradient(model: BertForNER) -> None:
     model.classifier.weight.register_hook(lambda grad: grad * math.inf)
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("poison", [poison_weight, poison_loss, poison_gradient])
 def test_not_finite_stops_before_the_step(
-    parts: Parts, poison: Callable[[BertForNER], None]
+    parts: Parts, poison: Callable[[BertForNER], None], packing: bool
 ) -> None:
     model, rows, _ = parts
-    config = TrainConfig(num_train_epochs=2, per_device_train_batch_size=6)
+    config = TrainConfig(num_train_epochs=2, per_device_train_batch_size=6, packing=packing)
 
     class Poisoner(Losses):
         def stepped(self, report: object) -> None:
@@ -236,13 +240,14 @@ def test_not_finite_stops_before_the_step(
         )
 
 
-def test_evaluation_does_not_depend_on_the_batch_size(parts: Parts) -> None:
+def test_evaluation_does_not_depend_on_the_batch(parts: Parts) -> None:
     model, _, dev = parts
-    one, many = evaluate(model, dev, 1), evaluate(model, dev, 20)
-    assert one.word == many.word
-    assert one.subword == many.subword
-    assert one.loss == pytest.approx(many.loss, rel=1e-6)
-    assert np.array_equal(one.word_predictions, many.word_predictions)
+    one = evaluate(model, dev, 1, packing=False)
+    for many in (evaluate(model, dev, 20, packing=False), evaluate(model, dev)):
+        assert one.word == many.word
+        assert one.subword == many.subword
+        assert one.loss == pytest.approx(many.loss, rel=1e-6)
+        assert np.array_equal(one.word_predictions, many.word_predictions)
     assert one.word.num_labels == len(dev.word_labels)
 
 
@@ -254,12 +259,14 @@ def test_evaluation_leaves_the_mode(parts: Parts) -> None:
         assert model.training is training
 
 
-def test_bfloat16_is_close_and_keeps_float32_weights(parts: Parts) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_bfloat16_is_close_and_keeps_float32_weights(parts: Parts, packing: bool) -> None:
     model, rows, dev = parts
     twin = copy.deepcopy(model)
     exact, rough = Losses(), Losses()
-    train(model, rows, TrainConfig(max_steps=6, learning_rate=1e-3), watcher=exact)
-    config = TrainConfig(max_steps=6, learning_rate=1e-3, dtype="bfloat16")
+    config = TrainConfig(max_steps=6, learning_rate=1e-3, packing=packing)
+    train(model, rows, config, watcher=exact)
+    config = replace(config, dtype="bfloat16")
     train(twin, rows, config, evaluation=dev, watcher=rough)
     assert all(parameter.dtype == torch.float32 for parameter in twin.parameters())
     assert rough.loss != exact.loss

@@ -499,7 +499,7 @@ def test_predict_from_standard_input(
     capsys.readouterr()
     texts = ["Mary Poe said", "", "London  Paris"] * 30
     set_stdin(monkeypatch, ("\r\n".join(texts) + "\r\n").encode())
-    assert predict_main(["--model", str(tmp_path / "out"), "--batch_size", "2"]) == 0
+    assert predict_main(["--model", str(tmp_path / "out"), "--batch_tokens", "2"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["text"] for record in records] == texts
     assert records[0]["entities"]

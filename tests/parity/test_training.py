@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def _load(
     ids=["defaults", "eager", "warmup-clip-decay", "no-clip-half-epoch"],
 )
 def test_tiny_model_trains_to_the_same_bits(tmp_path: Path, settings: dict[str, object]) -> None:
-    config = TrainConfig(learning_rate=1e-3, **settings)
+    config = TrainConfig(learning_rate=1e-3, packing=False, **settings)
     base = write_model_folder(tmp_path / "base")
     files = [write_conll(tmp_path / f"{k}.txt", 30, seed=k) for k in range(2)]
     model, tokenizer, rows, _ = _load(base, *files, tmp_path / "start", config)
@@ -75,8 +76,9 @@ def test_tiny_model_trains_to_the_same_bits(tmp_path: Path, settings: dict[str, 
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_evaluation_equals_the_trainers(tmp_path: Path) -> None:
-    config = TrainConfig(learning_rate=3e-3, num_train_epochs=4)
+@pytest.mark.parametrize("packing", [True, False])
+def test_evaluation_equals_the_trainers(tmp_path: Path, packing: bool) -> None:
+    config = TrainConfig(learning_rate=3e-3, num_train_epochs=4, packing=False)
     base = write_model_folder(tmp_path / "base")
     files = [write_conll(tmp_path / f"{k}.txt", 30, seed=k) for k in range(2)]
     model, tokenizer, rows, dev = _load(base, *files, tmp_path / "start", config)
@@ -84,7 +86,8 @@ def test_evaluation_equals_the_trainers(tmp_path: Path) -> None:
         tmp_path / "start", rows, tokenizer, config, tmp_path / "out", evaluation=dev
     )
     model.load_state_dict(trainer.model.state_dict())
-    ours = evaluate(model, dev, config.per_device_eval_batch_size).metrics()
+    batch_size = config.per_device_eval_batch_size
+    ours = evaluate(model, dev, batch_size, packing=packing).metrics()
 
     theirs = trainer.predict(trainer.eval_dataset)
     assert ours["loss_batch_mean"] == pytest.approx(theirs.metrics["test_loss"], rel=1e-5)
@@ -100,16 +103,15 @@ def test_evaluation_equals_the_trainers(tmp_path: Path) -> None:
     assert ours["accuracy"] == pytest.approx(accuracy_score(gold, found), abs=1e-12)
 
 
-def test_splitting_a_batch_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_splitting_a_batch_changes_nothing(tmp_path: Path, packing: bool) -> None:
     """Accumulation: 1 x 12 and 4 x 3 sentences are the same step (the Trainer's are not)."""
     base = write_model_folder(
         tmp_path / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     files = [write_conll(tmp_path / f"{k}.txt", 34, seed=k) for k in range(2)]
-    whole = TrainConfig(per_device_train_batch_size=12, learning_rate=1e-3)
-    parts = TrainConfig(
-        per_device_train_batch_size=3, gradient_accumulation_steps=4, learning_rate=1e-3
-    )
+    whole = TrainConfig(per_device_train_batch_size=12, learning_rate=1e-3, packing=packing)
+    parts = replace(whole, per_device_train_batch_size=3, gradient_accumulation_steps=4)
     model, _, rows, _ = _load(base, *files, tmp_path / "start", whole)
     twin = copy.deepcopy(model)
     ours, split = Losses(), Losses()
@@ -125,7 +127,7 @@ def test_splitting_a_batch_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_200_steps_on_conll2003(tmp_path: Path, attention: str) -> None:
-    config = TrainConfig(max_steps=200, attn_implementation=attention)
+    config = TrainConfig(max_steps=200, attn_implementation=attention, packing=False)
     data = SHARED_DATA / "conll2003"
     model, tokenizer, rows, _ = _load(
         find_model(MINILM).folder,

@@ -1,0 +1,140 @@
+"""The primitives of the hot path against PyTorch's own, and what their choice rests on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bertner import kernels
+from bertner.errors import UsageError
+from bertner.kernels import KeepMasks, Products, choose_products, linear, multiply_by, stack
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1 / 3])
+def test_masks_drop_with_the_right_probability_and_keep_the_mean(p: float) -> None:
+    torch.manual_seed(1)
+    masks = KeepMasks(CPU)
+    drawn = torch.stack([masks.draw((100, 999), p) for _ in range(10)])
+    count = drawn.numel()
+    spread = math.sqrt(p * (1 - p) / count)
+    assert abs((drawn == 0).float().mean().item() - p) < 5 * spread + 1e-5
+    assert drawn.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], rel=1e-4)
+    assert drawn.mean().item() == pytest.approx(1.0, abs=5 * spread / (1 - p))
+    # Neighbours, within a mask and from one to the next, know nothing of each other.
+    kept = (drawn > 0).double().flatten().numpy()
+    for shift in (1, 2, 3, 4, 999, 99_900):
+        assert abs(np.corrcoef(kept[shift:], kept[:-shift])[0, 1]) < 5 / math.sqrt(count)
+
+
+def test_masks_of_the_extremes() -> None:
+    masks = KeepMasks(CPU)
+    assert masks.draw((3, 5), 0.0).eq(1.0).all()
+    assert masks.draw((3, 5), 1.0).eq(0.0).all()
+
+
+def test_masks_follow_the_global_seed() -> None:
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        masks = KeepMasks(CPU)
+        return torch.cat([masks.draw((7, 3), 0.5), masks.draw((7, 3), 0.5)])
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert not torch.equal(*draw(1).chunk(2))
+
+
+def test_stacked_layers_keep_values_and_names() -> None:
+    layers = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+    before = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    stack(list(layers))  # type: ignore[arg-type]
+    after = layers.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    addresses = [layer.weight.data_ptr() for layer in layers]
+    stack(list(layers))  # type: ignore[arg-type]
+    assert [layer.weight.data_ptr() for layer in layers] == addresses, "done already"
+    x = torch.randn(5, 6)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    with torch.no_grad():
+        assert torch.allclose(linear(x, *layers), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("emulates", [True, False])
+def test_bfloat16_rounds_where_autocast_does(emulates: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48), torch.randn(20, 64)
+    grad = torch.randn(20, 48).bfloat16()
+    results = []
+    for ours in (True, False):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with multiply_by(Products(emulates_bfloat16=emulates)), kernels.gradient_buffers(layer):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = linear(leaf, layer) if ours else F.linear(leaf, layer.weight, layer.bias)
+            y.backward(grad)
+            assert y.dtype == torch.bfloat16
+            assert leaf.grad is not None
+            assert layer.weight.grad is not None
+            assert layer.bias.grad is not None
+            results.append([y, leaf.grad, layer.weight.grad.clone(), layer.bias.grad.clone()])
+    for a, b in zip(*results, strict=True):
+        # One unit in the last of bfloat16's eight places, where sums are rounded in another order.
+        assert torch.allclose(a.float(), b.float(), rtol=2**-7, atol=2**-7 * b.abs().max().item())
+    exact = F.linear(x.bfloat16().double(), layer.weight.bfloat16().double())
+    exact = exact + layer.bias.bfloat16().double()
+    assert (results[0][0].double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_the_choice_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = choose_products.__wrapped__
+    assert choose("default", CPU, "float32") == Products("default", False, "as asked")
+    assert choose("auto", torch.device("meta"), "float32").library == "default"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert choose("auto", CPU, "float32").library == "default"
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    before = kernels._get_precision()
+    times = {"default": 1.0, "onednn": 0.5}
+    monkeypatch.setattr(kernels, "_seconds", lambda *_: times[kernels._products.library])
+    monkeypatch.setattr(kernels, "_error", lambda *_: 1e-7)
+    assert choose("auto", CPU, "float32").library == "onednn"
+    times["onednn"] = 0.95
+    assert choose("auto", CPU, "float32").library == "default", "no clear gain"
+    times["onednn"] = 0.1
+    monkeypatch.setattr(kernels, "_error", lambda *_: 1e-3)
+    chosen = choose("auto", CPU, "float32")
+    assert chosen.library == "default"
+    assert "not exact" in chosen.reason
+    with pytest.raises(UsageError, match="--matmul default"):
+        choose("onednn", CPU, "float32")
+    assert kernels._get_precision() == before, "the setting is put back"
+
+
+def test_exactness_is_measured() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 64, generator=generator), torch.randn(64, 64, generator=generator)
+    assert kernels._error(x, w) < 1e-6
+    assert kernels._error(x.bfloat16(), w.bfloat16()) > 1e-4
+
+
+def test_clipping_folded_into_the_optimizer_is_clipping() -> None:
+    def run(how: str) -> torch.Tensor:
+        parameter = nn.Parameter(torch.linspace(-1, 1, 50))
+        optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+        for k, size in enumerate([0.01, 10.0, 0.1, 100.0]):  # some to be clipped, some not
+            parameter.grad = size * torch.linspace(-1, 2, 50).roll(k)
+            if how != "unclipped":
+                norm = kernels.gradient_norm([parameter])
+                kernels.clip(optimizer, 1.0, norm, fold=how == "folded")
+            optimizer.step()
+        return parameter.detach()
+
+    assert torch.allclose(run("folded"), run("apart"), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(run("folded"), run("unclipped"), rtol=1e-2)
