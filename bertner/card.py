@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from bertner import __version__
 from bertner.config import BertConfig, TrainConfig
-from bertner.corpus import Corpus
+from bertner.corpus import CorpusSummary
 from bertner.loop import Evaluation, TrainResult
 from bertner.metrics import EntityScores
 from bertner.report import TABLE_COLUMNS
@@ -41,7 +41,7 @@ class RunFacts:
     config: TrainConfig
     base_model: str
     base_commit: str | None
-    corpora: Mapping[str, Corpus]
+    corpora: Mapping[str, CorpusSummary]
     num_train_tokens: int
     model: BertConfig
     num_parameters: int
@@ -190,7 +190,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _data(facts: RunFacts) -> str:
     rows = []
     for split, corpus in facts.corpora.items():
-        counts = corpus.entity_counts()
+        counts = corpus.entity_counts
         rows.append(
             [
                 split,

@@ -229,6 +229,9 @@ class TrainConfig:
     max_seq_length: int | None = _option(
         None, "longest row in tokens; longer sentences are cut between words (default: the model's)"
     )
+    data_cache: bool = _option(
+        True, "keep prepared data files for the next run in $BERTNER_CACHE or ~/.cache/bertner"
+    )
     max_train_samples: int | None = _option(None, "use only the first N training sentences")
     max_eval_samples: int | None = _option(None, "use only the first N validation/test sentences")
     # Optimisation

@@ -5,22 +5,41 @@ Each word keeps its line, so that whatever is found wrong later can still be poi
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
 import re
 import reprlib
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bertner.errors import DataError
-from bertner.labels import B, IntArray, detect_scheme, split_tag, to_iob2
+from bertner.labels import (
+    B,
+    E,
+    IntArray,
+    likeliest_scheme,
+    scheme_exceptions,
+    split_tag,
+    to_iob2,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger("bertner")
 
 # Label ids are 16-bit integers, two for each type and one for O; no real tag set comes near.
 MAX_TYPES = 10_000
+
+# A source is read this many words at a time: some 1,500 sentences, which cost about 5 MB while
+# they are Python objects, and long enough that array operations on them cost nothing a word.
+BLOCK_WORDS = 25_000
 
 # What cannot stand in a label: it would break the lines of messages, cards and vocabularies.
 _NOT_IN_LABELS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -34,32 +53,24 @@ _IDEOGRAPH = re.compile(
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Annotated sentences in flat arrays.
+class Sentences:
+    """Annotated sentences in flat arrays: all of a source, or a block of it.
 
     Attributes:
-        source: File or dataset, as named in messages.
         words: All words, sentence after sentence.
         prefixes: (num_words,) IOB2 prefix codes (labels.O, B, I).
-        types: (num_words,) index into `type_names`, -1 for O.
-        type_names: Entity types, sorted.
+        types: (num_words,) number of each word's entity type, -1 for O.
         starts: (num_sentences + 1,) where each sentence begins; the last is the number of words.
         documents: (num_sentences,) number of the document that each sentence is in.
         lines: (num_words,) line or record of each word, from 1.
-        scheme: Tag scheme that the source uses.
-        sha256: Hash of the file's bytes, or of the words and tags of a dataset.
     """
 
-    source: str
     words: list[str]
     prefixes: IntArray
     types: IntArray
-    type_names: tuple[str, ...]
     starts: IntArray
     documents: IntArray
     lines: IntArray
-    scheme: str
-    sha256: str
 
     @property
     def num_sentences(self) -> int:
@@ -71,6 +82,79 @@ class Corpus:
         """Number of words."""
         return len(self.words)
 
+    def sentence(self, index: int) -> list[str]:
+        """The words of one sentence."""
+        return self.words[self.starts[index] : self.starts[index + 1]]
+
+    def head(self, num_sentences: int) -> Self:
+        """The first sentences alone."""
+        if num_sentences >= self.num_sentences:
+            return self
+        return replace(self, **self._part(0, num_sentences))
+
+    def blocks(self, num_words: int = BLOCK_WORDS) -> Iterator[Sentences]:
+        """Whole sentences, about `num_words` words at a time."""
+        begin = 0
+        while begin < self.num_sentences:
+            # Up to the sentence in which the block's last word stands, and at least one.
+            end = int(np.searchsorted(self.starts, self.starts[begin] + num_words))
+            end = min(end, self.num_sentences)
+            yield Sentences(**self._part(begin, end))
+            begin = end
+
+    def _part(self, begin: int, end: int) -> dict[str, Any]:
+        words = slice(int(self.starts[begin]), int(self.starts[end]))
+        return {
+            "words": self.words[words],
+            "prefixes": self.prefixes[words],
+            "types": self.types[words],
+            "starts": self.starts[begin : end + 1] - self.starts[begin],
+            "documents": self.documents[begin:end],
+            "lines": self.lines[words],
+        }
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    """What a run tells of its data; the words themselves need not stay in memory for it.
+
+    Attributes:
+        source: File or dataset, as named in messages.
+        sha256: Hash of the file's bytes, or of the words and tags of a dataset.
+        scheme: Tag scheme that the source uses.
+        type_names: Entity types, sorted.
+        num_documents: Number of documents; a source without boundaries is one.
+        num_sentences: Number of sentences.
+        num_words: Number of words.
+        entity_counts: Number of entities of each type.
+    """
+
+    source: str
+    sha256: str
+    scheme: str
+    type_names: tuple[str, ...]
+    num_documents: int
+    num_sentences: int
+    num_words: int
+    entity_counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Corpus(Sentences):
+    """All sentences of a source.
+
+    Attributes:
+        source: File or dataset, as named in messages.
+        type_names: Entity types, sorted; `types` are indices into them.
+        scheme: Tag scheme that the source uses.
+        sha256: Hash of the file's bytes, or of the words and tags of a dataset.
+    """
+
+    source: str
+    type_names: tuple[str, ...]
+    scheme: str
+    sha256: str
+
     @property
     def num_documents(self) -> int:
         """Number of documents; a source without boundaries is one."""
@@ -81,38 +165,39 @@ class Corpus:
         counts = np.bincount(self.types[self.prefixes == B], minlength=len(self.type_names))
         return {name: int(counts[k]) for k, name in enumerate(self.type_names)}
 
-    def sentence(self, index: int) -> list[str]:
-        """The words of one sentence."""
-        return self.words[self.starts[index] : self.starts[index + 1]]
-
-    def head(self, num_sentences: int) -> Corpus:
-        """The first sentences, as a corpus of its own."""
-        if num_sentences >= self.num_sentences:
-            return self
-        end = int(self.starts[num_sentences])
-        return replace(
-            self,
-            words=self.words[:end],
-            prefixes=self.prefixes[:end],
-            types=self.types[:end],
-            starts=self.starts[: num_sentences + 1],
-            documents=self.documents[:num_sentences],
-            lines=self.lines[:end],
-        )
-
 
 class CorpusBuilder:
-    """Collects words and tags of one source and turns them into a Corpus."""
+    """Collects words and tags of one source and turns them into checked sentences in IOB2.
+
+    Attributes:
+        source: File or dataset, as named in messages.
+        label_names: Names of integer tags, for readers.
+        document: Number of the document that the next sentence is in.
+        kinds: Entity types in order of first appearance: what `types` of a block are indices into.
+        warnings: What `conclude` found worth a warning.
+    """
 
     def __init__(self, source: str, label_names: Sequence[str] | None = None) -> None:
         self.source = source
         self.label_names = label_names
+        self.document = 0
+        self.kinds: list[str] = []
+        self.warnings: list[str] = []
+        self._kind_of: dict[str, int] = {}
+        self._tag_of: dict[str, int] = {}
+        self._prefix_of: list[int] = []  # of each tag
+        self._type_of: list[int] = []
+        self._num_exceptions: Counter[str] = Counter()  # by scheme
+        self._first_exception: dict[str, tuple[int, str, str]] = {}  # line, tag, word
+        self._has_e_or_s = False
+        self._clear()
+
+    def _clear(self) -> None:
         self.words: list[str] = []
         self.tags: list[str] = []
         self.lines: list[int] = []
         self.starts: list[int] = [0]
         self.documents: list[int] = []
-        self.document = 0
 
     def add(self, words: Sequence[str], tags: Sequence[str], lines: Sequence[int]) -> None:
         """Adds a sentence; one without words is nothing to learn from and is passed over."""
@@ -124,63 +209,141 @@ class CorpusBuilder:
         self.starts.append(len(self.words))
         self.documents.append(self.document)
 
-    def finish(self, sha256: str) -> Corpus:
-        """Reads the tags, finds their scheme and converts them to IOB2."""
-        if not self.words:
-            raise DataError("holds no sentence; is it the right file?", self.source)
-        tag_of: dict[str, int] = {}
+    def take(self) -> Sentences:
+        """Takes out what was added since the last time, with its tags read.
+
+        Raises:
+            DataError: A tag that is none, or too many types.
+        """
+        lines = np.array(self.lines, dtype=np.int64)
+        tag_of = self._tag_of
         tag_ids = np.fromiter(
             (tag_of.setdefault(tag, len(tag_of)) for tag in self.tags), np.int32, len(self.tags)
         )
-        lines = np.array(self.lines, dtype=np.int64)
-        prefix_of = np.zeros(len(tag_of), dtype=np.int8)
-        kinds: list[str | None] = []
-        for tag, tag_id in tag_of.items():
+        for tag in itertools.islice(tag_of, len(self._prefix_of), None):
             try:
-                prefix_of[tag_id], kind = split_tag(tag.strip())
-                if kind is not None:
-                    kind = _checked_type(kind.strip())
+                self._learn(tag)
             except ValueError as error:
-                line = int(lines[np.argmax(tag_ids == tag_id)])
+                line = int(lines[np.argmax(tag_ids == tag_of[tag])])
                 raise DataError(
                     f"{error}; write O, or B-/I- and the type", self.source, line
                 ) from None
-            kinds.append(kind)
-        type_names = tuple(sorted({kind for kind in kinds if kind is not None}))
-        if len(type_names) > MAX_TYPES:
+        if len(self.kinds) > MAX_TYPES:
             raise DataError(
-                f"has {len(type_names)} types of entities; are these really tags?", self.source
+                f"has more than {MAX_TYPES} types of entities; are these really tags?", self.source
             )
-        number_of: dict[str | None, int] = {kind: k for k, kind in enumerate(type_names)}
-        number_of[None] = -1
-        type_of = np.array([number_of[kind] for kind in kinds], dtype=np.int16)
-        prefixes, types = prefix_of[tag_ids], type_of[tag_ids]
+        prefixes = np.array(self._prefix_of, dtype=np.int8)[tag_ids]
+        types = np.array(self._type_of, dtype=np.int16)[tag_ids]
         starts = np.array(self.starts, dtype=np.int64)
 
-        scheme = detect_scheme(prefixes, types, starts[:-1])
-        if len(scheme.irregular):
-            word = int(scheme.irregular[0])
-            logger.warning(
-                "%s:%d: %d tags do not fit %s, the first is %.40s on %.40r; read as conlleval does",
-                self.source,
-                lines[word],
-                len(scheme.irregular),
-                scheme.name,
-                self.tags[word],
-                self.words[word],
-            )
-        return Corpus(
-            source=self.source,
+        self._has_e_or_s |= bool(np.any(prefixes >= E))
+        for name, exceptions in scheme_exceptions(prefixes, types, starts[:-1]).items():
+            self._num_exceptions[name] += len(exceptions)
+            if len(exceptions) and name not in self._first_exception:
+                word = int(exceptions[0])
+                self._first_exception[name] = int(lines[word]), self.tags[word], self.words[word]
+        block = Sentences(
             words=self.words,
             prefixes=to_iob2(prefixes, types, starts[:-1]),
             types=types,
-            type_names=type_names,
             starts=starts,
             documents=np.array(self.documents, dtype=np.int32),
             lines=lines,
-            scheme=scheme.name,
+        )
+        self._clear()
+        return block
+
+    def _learn(self, tag: str) -> None:
+        """Reads a tag that is new."""
+        prefix, kind = split_tag(tag.strip())
+        if kind is not None:
+            kind = _checked_type(kind.strip())
+            if kind not in self._kind_of:
+                self._kind_of[kind] = len(self.kinds)
+                self.kinds.append(kind)
+        self._prefix_of.append(prefix)
+        self._type_of.append(-1 if kind is None else self._kind_of[kind])
+
+    def conclude(self) -> str:
+        """The tag scheme of all that was taken; warns of tags that do not fit it.
+
+        Raises:
+            DataError: There was no sentence.
+        """
+        if not self._tag_of:
+            raise DataError("holds no sentence; is it the right file?", self.source)
+        scheme = likeliest_scheme(self._num_exceptions, self._has_e_or_s)
+        if scheme in self._first_exception:
+            line, tag, word = self._first_exception[scheme]
+            self.warnings.append(
+                f"{self.source}:{line}: {self._num_exceptions[scheme]} tags do not fit {scheme}, "
+                f"the first is {tag:.40} on {word!r:.40}; read as conlleval does"
+            )
+            logger.warning("%s", self.warnings[-1])
+        return scheme
+
+    def finish(self, sha256: str) -> Corpus:
+        """All that was added, as a corpus.
+
+        Raises:
+            DataError: A tag that is none, too many types, or no sentence at all.
+        """
+        everything = self.take()
+        scheme = self.conclude()
+        type_names = tuple(sorted(self.kinds))
+        # The last element is for O, whose type is -1.
+        number = np.array([*map(type_names.index, self.kinds), -1], dtype=np.int16)
+        return Corpus(
+            **{**vars(everything), "types": number[everything.types]},
+            source=self.source,
+            type_names=type_names,
+            scheme=scheme,
             sha256=sha256,
         )
+
+
+# A sentence as a reader finds it: number of its document; words, tags and lines.
+RawSentence = tuple[int, Sequence[str], Sequence[str], Sequence[int]]
+
+
+class CorpusStream:
+    """A source that is read once: as blocks of sentences, or as one corpus.
+
+    Args:
+        builder: Knows the source, and what was found in it once it is read.
+        sentences: What a reader yields.
+        digest: Is updated by the reader; the source's hash once it is read.
+    """
+
+    def __init__(
+        self, builder: CorpusBuilder, sentences: Iterable[RawSentence], digest: hashlib._Hash
+    ) -> None:
+        self.builder = builder
+        self.digest = digest
+        self._sentences = sentences
+
+    def blocks(self, num_words: int = BLOCK_WORDS) -> Iterator[Sentences]:
+        """Whole sentences, about `num_words` words at a time.
+
+        Raises:
+            DataError: The first mistake in the data.
+            StorageError: The disk fails.
+        """
+        builder = self.builder
+        for document, words, tags, lines in self._sentences:
+            builder.document = document
+            builder.add(words, tags, lines)
+            if len(builder.words) >= num_words:
+                yield builder.take()
+        if builder.words:
+            yield builder.take()
+
+    def read(self) -> Corpus:
+        """The whole source; raises what `blocks` does."""
+        for document, words, tags, lines in self._sentences:
+            self.builder.document = document
+            self.builder.add(words, tags, lines)
+        return self.builder.finish(self.digest.hexdigest())
 
 
 def _checked_type(kind: str) -> str:

@@ -3,39 +3,56 @@
 Everything is flat: the tokens of all rows stand one after another, and `row_starts` says where each
 row begins. A row is `[CLS] pieces [SEP]` of one sentence, or of a part of a sentence that is longer
 than the model's window; it is cut between words, and nothing is dropped.
+
+A corpus goes through in blocks of sentences, so that memory holds one block as Python objects and
+the rest as integers that are no wider than they need to be: 7 bytes a token, and 1 to 2 more for
+words and rows.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from bertner.corpus import Corpus
+from bertner.corpus import Corpus, CorpusStream, CorpusSummary, Sentences
 from bertner.errors import DataError
-from bertner.labels import IGNORE_INDEX, B, I, IntArray, LabelSet, O, label_list
+from bertner.labels import IGNORE_INDEX, B, I, IntArray, LabelSet, label_list
 from bertner.tokenizer import Tokenizer
 
 logger = logging.getLogger("bertner")
 
 NumberArray = NDArray[Any]
 
+# Words whose pieces are remembered. Few words make most of any text; the rest are tokenised again.
+_KNOWN_WORDS = 100_000
+
+# A growing array of more bytes than the first is moved out of the heap; one of the second size
+# always has pages of its own (glibc's highest threshold is 32 MiB).
+_HEAP_BYTES = 1 << 18
+_OWN_PAGES_BYTES = 33 << 20
+
+# Temporary arrays are made for this many tokens at a time.
+_SLICE_TOKENS = 1 << 18
+
 
 @dataclass(frozen=True)
 class TokenDataset:
     """Tokenised rows in flat arrays.
 
+    The integers are narrow: convert before computing with them.
+
     Attributes:
-        input_ids: (num_tokens,) token ids, special tokens included.
+        input_ids: (num_tokens,) token ids, special tokens included; uint16 if they fit, or int32.
         word_ids: (num_tokens,) index of each token's word in the corpus; -1 for special tokens.
-        labels: (num_tokens,) label ids, IGNORE_INDEX where a token carries none.
-        row_starts: (num_rows + 1,) where each row begins; the last is the number of tokens.
+        labels: (num_tokens,) label ids, IGNORE_INDEX where a token carries none; int8 or int16.
+        row_starts: (num_rows + 1,) where each row begins; the last is the number of tokens. int64.
         row_sentences: (num_rows,) sentence that each row is of, ascending.
         word_labels: (num_words,) label ids of the corpus' words.
         sentence_starts: (num_sentences + 1,) where each sentence begins, in words.
@@ -64,12 +81,17 @@ class TokenDataset:
     @cached_property
     def row_lengths(self) -> IntArray:
         """(num_rows,) tokens in each row."""
-        return np.diff(self.row_starts)
+        return np.diff(self.row_starts).astype(np.int32)
 
     @cached_property
     def row_num_labelled(self) -> IntArray:
         """(num_rows,) tokens in each row that carry a label."""
-        return np.add.reduceat(self.labels != IGNORE_INDEX, self.row_starts[:-1], dtype=np.int64)
+        counts = np.empty(len(self), dtype=np.int32)
+        for rows, tokens in _row_slices(self.row_starts):
+            labelled = self.labels[tokens] != IGNORE_INDEX
+            starts = self.row_starts[rows] - tokens.start
+            counts[rows] = np.add.reduceat(labelled, starts, dtype=np.int32)
+        return counts
 
     @property
     def labelled_row_starts(self) -> IntArray:
@@ -92,7 +114,7 @@ class TokenDataset:
         return values
 
 
-def labels_for(train: Corpus) -> LabelSet:
+def labels_for(train: Corpus | CorpusSummary) -> LabelSet:
     """The labels that a training corpus needs, in a stable order.
 
     Raises:
@@ -101,32 +123,6 @@ def labels_for(train: Corpus) -> LabelSet:
     if not train.type_names:
         raise DataError("every tag is O: there is nothing to learn", train.source)
     return LabelSet(tuple(label_list(train.type_names)))
-
-
-def label_words(corpus: Corpus, label_set: LabelSet) -> IntArray:
-    """(num_words,) label ids of a corpus' tags.
-
-    Raises:
-        DataError: The corpus has an entity type that `label_set` lacks.
-    """
-    table = np.zeros((3, len(corpus.type_names) + 1), dtype=np.int16)
-    for prefix, letter in ((B, "B"), (I, "I")):
-        for k, kind in enumerate(corpus.type_names):
-            tag = f"{letter}-{kind}"
-            if tag not in label_set.index:
-                used = np.flatnonzero((corpus.types == k) & (corpus.prefixes == prefix))
-                if len(used) == 0:
-                    continue
-                word = int(used[0])
-                raise DataError(
-                    f"{tag} ({corpus.words[word]!r}) is not among the model's labels "
-                    f"({_some(label_set.names)}); correct the tag, or train on data with it",
-                    corpus.source,
-                    int(corpus.lines[word]),
-                )
-            table[prefix, k] = label_set.index[tag]
-    table[O] = label_set.outside
-    return table[corpus.prefixes, corpus.types]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -155,9 +151,9 @@ def align_labels(
         label_all_tokens: Label every piece, as the Hugging Face course does.
 
     Returns:
-        (num_tokens,) label ids.
+        (num_tokens,) label ids, as wide as those of the words.
     """
-    labels = word_labels[word_ids].astype(np.int16)
+    labels = word_labels[word_ids]
     later = (word_ids >= 0) & ~begins_word(word_ids)
     labels[later] = label_set.continuation[labels[later]] if label_all_tokens else IGNORE_INDEX
     labels[word_ids < 0] = IGNORE_INDEX
@@ -184,77 +180,339 @@ def tokenize(
     Raises:
         DataError: The corpus has a tag that the labels lack.
     """
-    limit = tokenizer.row_limit(max_seq_length)
-    word_labels = label_words(corpus, label_set)
-    encodings = tokenizer.encode([corpus.sentence(i) for i in range(corpus.num_sentences)])
-    num_pieces: IntArray = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
-    total = int(num_pieces.sum())
-    pieces: IntArray = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, total)
-    word_in_sentence = np.fromiter(
-        chain.from_iterable(e.word_ids for e in encodings), np.int64, total
-    )
-    word_ids: IntArray = word_in_sentence + np.repeat(corpus.starts[:-1], num_pieces)
+    builder = _DatasetBuilder(corpus.source, tokenizer, tokenizer.row_limit(max_seq_length))
+    for block in corpus.blocks():
+        builder.add(block)
+    return builder.finish(corpus.type_names, label_set, label_all_tokens)
 
-    pieces, word_ids, num_pieces = _shorten_words(pieces, word_ids, num_pieces, limit - 2, corpus)
-    row_sentences, row_pieces = _cut_rows(num_pieces, word_ids, limit - 2)
-    cut = len(row_sentences) - corpus.num_sentences
-    if cut:
-        long = int(np.count_nonzero(num_pieces > limit - 2))
-        logger.warning(
-            "%s: %d sentences are longer than %d tokens; cut between words into %d rows, "
-            "no word dropped",
-            corpus.source,
-            long,
-            limit,
-            cut + long,
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A source, read and tokenised.
+
+    Attributes:
+        summary: What it holds; of the samples that were asked for, counts and types of these alone.
+        dataset: Its rows.
+        warnings: What was logged of it, each beginning with the source.
+    """
+
+    summary: CorpusSummary
+    dataset: TokenDataset
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    stream: CorpusStream,
+    tokenizer: Tokenizer,
+    label_set: LabelSet | None,
+    *,
+    label_all_tokens: bool = True,
+    row_limit: int,
+    max_samples: int | None = None,
+) -> PreparedData:
+    """Reads a source and tokenises it as it comes: the same as `tokenize` of the whole corpus.
+
+    Args:
+        stream: The source.
+        tokenizer: The model's tokenizer.
+        label_set: The model's labels; None for training data, which say them themselves.
+        label_all_tokens: See `align_labels`.
+        row_limit: Longest row in tokens.
+        max_samples: Use only the first sentences; the others are read and checked all the same.
+
+    Raises:
+        DataError: A mistake in the data; see `read_file` and `tokenize`.
+        StorageError: The disk fails.
+    """
+    reader = stream.builder
+    builder = _DatasetBuilder(reader.source, tokenizer, row_limit)
+    for block in stream.blocks():
+        if max_samples is not None:
+            block = block.head(max_samples - builder.num_sentences)
+        builder.add(block)
+    scheme = reader.conclude()
+    summary = CorpusSummary(
+        source=reader.source,
+        sha256=stream.digest.hexdigest(),
+        scheme=scheme,
+        type_names=tuple(sorted(reader.kinds)),
+        num_documents=builder.count_documents(),
+        num_sentences=builder.num_sentences,
+        num_words=builder.num_words,
+        entity_counts=builder.entity_counts(reader.kinds),
+    )
+    if label_set is None:
+        label_set = labels_for(summary)
+    dataset = builder.finish(reader.kinds, label_set, label_all_tokens)
+    return PreparedData(summary, dataset, (*reader.warnings, *builder.warnings))
+
+
+class _GrowingArray:
+    """A flat array that is appended to, and made wider should a value need it."""
+
+    def __init__(self, dtype: DTypeLike) -> None:
+        self._array: IntArray = np.empty(0, dtype)
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, values: IntArray) -> None:
+        if len(values) and values.max() > np.iinfo(self._array.dtype).max:
+            self._array = self._array.astype(np.int64)
+        end = self._size + len(values)
+        if end > len(self._array):
+            self._reserve(end + end // 8)
+        self._array[self._size : end] = values
+        self._size = end
+
+    def _reserve(self, capacity: int) -> None:
+        """Makes room without holding all of a large array twice, or leaving holes in the heap.
+
+        The C library keeps a large array in pages of its own: those that are not written to yet
+        cost nothing, and `resize` adds to them or moves them. Only the first time, when it is
+        small, may it be copied (NumPy asks for huge pages, which do not move).
+        """
+        itemsize = self._array.itemsize
+        if self._array.nbytes >= _OWN_PAGES_BYTES:
+            self._array.resize(capacity, refcheck=False)
+            return
+        if capacity * itemsize > _HEAP_BYTES:
+            capacity = max(capacity, _OWN_PAGES_BYTES // itemsize + 1)
+        array = np.empty(capacity, self._array.dtype)
+        array[: self._size] = self._array[: self._size]
+        self._array = array
+
+    def take(self) -> IntArray:
+        """The array, without room to spare; it is no longer kept here."""
+        array, self._array = self._array, np.empty(0, self._array.dtype)
+        array.resize(self._size, refcheck=False)
+        self._size = 0
+        return array
+
+
+class _WordPieces:
+    """The pieces of words; a word that was met before is not tokenised again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._forget()
+
+    def _forget(self) -> None:
+        self._number_of: dict[str, int] = {}
+        self._pieces: IntArray = np.zeros(0, dtype=np.int32)
+        self._counts: IntArray = np.zeros(0, dtype=np.int32)  # of pieces, for each word
+
+    def of(self, words: Sequence[str]) -> tuple[IntArray, IntArray]:
+        """(num_pieces,) ids, word after word, and (num_words,) number of pieces of each word."""
+        if len(self._number_of) > _KNOWN_WORDS:
+            self._forget()
+        number_of, num_known = self._number_of, len(self._number_of)
+        numbers = np.fromiter(
+            (number_of.setdefault(word, len(number_of)) for word in words), np.int32, len(words)
+        )
+        new = list(islice(number_of, num_known, None))
+        encoding = self._tokenizer.encode(new)
+        self._pieces = np.append(self._pieces, np.array(encoding.ids, dtype=np.int32))
+        word_of_piece = np.array(encoding.word_ids, dtype=np.int32)
+        new_counts = np.bincount(word_of_piece, minlength=len(new)).astype(np.int32)
+        self._counts = np.append(self._counts, new_counts)
+        starts = np.cumsum(self._counts) - self._counts
+        counts = self._counts[numbers]
+        # The pieces of word w, which begin at `begin[w]` here, begin at `starts[w]` over there.
+        begin = np.cumsum(counts) - counts
+        shift = np.repeat(starts[numbers] - begin, counts)
+        return self._pieces[shift + np.arange(len(shift))], counts
+
+
+class _DatasetBuilder:
+    """Tokenises blocks of sentences and collects their rows.
+
+    Attributes:
+        num_sentences: So far.
+        num_words: So far.
+        warnings: What `finish` found worth a warning.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, row_limit: int) -> None:
+        self.source = source
+        self.num_sentences = 0
+        self.num_words = 0
+        self.warnings: list[str] = []
+        self._tokenizer = tokenizer
+        self._limit = row_limit - 2  # pieces in a row, besides [CLS] and [SEP]
+        self._word_pieces = _WordPieces(tokenizer)
+        self._input_ids = _GrowingArray(np.uint16 if tokenizer.num_ids <= 1 << 16 else np.int32)
+        self._word_ids = _GrowingArray(np.int32)
+        self._tags = _GrowingArray(np.int16)  # of each word: see _tag_number
+        self._row_lengths = _GrowingArray(np.int32)
+        self._row_sentences = _GrowingArray(np.int32)
+        self._sentence_ends = _GrowingArray(np.int32)
+        self._sentence_lines = _GrowingArray(np.int32)
+        self._documents = _GrowingArray(np.int32)
+        # By tag: how many words have it; line and text of the first.
+        self._tag_counts: dict[int, int] = {}
+        self._first_use: dict[int, tuple[int, str]] = {}
+        self._long_word: tuple[int, str] | None = None
+        self._num_long = 0  # sentences longer than a row, and the rows that they were cut into
+        self._num_cut_rows = 0
+
+    def add(self, block: Sentences) -> None:
+        if block.num_sentences == 0:
+            return
+        limit = self._limit
+        pieces, counts = self._word_pieces.of(block.words)  # counts: pieces of each word
+        word_ids = np.repeat(np.arange(block.num_words), counts)
+        if counts.max() > limit:  # of a word that alone is longer than a row, the rest is left out
+            word = int(np.argmax(counts > limit))
+            self._long_word = self._long_word or (int(block.lines[word]), block.words[word])
+            in_word = np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)
+            pieces, word_ids = pieces[in_word < limit], word_ids[in_word < limit]
+            counts = np.minimum(counts, limit)
+        pieces_before = np.concatenate([[0], np.cumsum(counts)])
+        num_pieces = np.diff(pieces_before[block.starts])  # of each sentence
+        row_sentences, row_pieces = _cut_rows(num_pieces, word_ids, limit)
+        num_long = int(np.count_nonzero(num_pieces > limit))
+        self._num_long += num_long
+        self._num_cut_rows += len(row_sentences) - block.num_sentences + num_long
+
+        ends = np.cumsum(row_pieces + 2)
+        is_piece = np.ones(ends[-1], dtype=bool)
+        is_piece[ends - row_pieces - 2] = False
+        is_piece[ends - 1] = False
+        input_ids = np.full(len(is_piece), self._tokenizer.sep_id)
+        input_ids[ends - row_pieces - 2] = self._tokenizer.cls_id
+        input_ids[is_piece] = pieces
+        all_word_ids = np.full(len(is_piece), -1)
+        all_word_ids[is_piece] = word_ids + self.num_words
+        self._input_ids.append(input_ids)
+        self._word_ids.append(all_word_ids)
+        self._row_lengths.append(row_pieces + 2)
+        self._row_sentences.append(row_sentences + self.num_sentences)
+        self._sentence_ends.append(block.starts[1:] + self.num_words)
+        self._sentence_lines.append(block.lines[block.starts[:-1]])
+        self._documents.append(block.documents)
+        self._add_tags(block)
+        self.num_sentences += block.num_sentences
+        self.num_words += block.num_words
+
+    def _add_tags(self, block: Sentences) -> None:
+        # As _tag_number has it; O has prefix 0 and type -1.
+        tags = np.maximum(2 * block.types + block.prefixes, 0)
+        self._tags.append(tags)
+        for tag, first, count in zip(
+            *np.unique(tags, return_index=True, return_counts=True), strict=True
+        ):
+            self._tag_counts[int(tag)] = self._tag_counts.get(int(tag), 0) + int(count)
+            self._first_use.setdefault(int(tag), (int(block.lines[first]), block.words[first]))
+
+    def count_documents(self) -> int:
+        """Number of documents since the last time."""
+        return len(np.unique(self._documents.take()))
+
+    def entity_counts(self, kinds: Sequence[str]) -> dict[str, int]:
+        """Number of entities of each type, sorted by its name; `kinds[t]` names type `t`."""
+        return {
+            name: self._tag_counts.get(_tag_number(B, kind), 0) for kind, name in _by_name(kinds)
+        }
+
+    def finish(
+        self, kinds: Sequence[str], label_set: LabelSet, label_all_tokens: bool
+    ) -> TokenDataset:
+        """Takes out all rows.
+
+        Args:
+            kinds: Name of each type number.
+            label_set: The model's labels.
+            label_all_tokens: See `align_labels`.
+
+        Raises:
+            DataError: There is a tag that the labels lack.
+        """
+        label_of = self._labels_of_tags(kinds, label_set)
+        self._warn_of_length()
+        tags = self._tags.take()
+        word_labels = np.empty(len(tags), dtype=label_of.dtype)
+        for i in range(0, len(tags), _SLICE_TOKENS):
+            word_labels[i : i + _SLICE_TOKENS] = label_of[tags[i : i + _SLICE_TOKENS]]
+        del tags  # memory is at its peak below
+        row_starts = np.zeros(len(self._row_lengths) + 1, dtype=np.int64)
+        np.cumsum(self._row_lengths.take(), out=row_starts[1:])
+        word_ids = self._word_ids.take()
+        labels = np.empty(len(word_ids), dtype=label_of.dtype)
+        for _, tokens in _row_slices(row_starts):
+            labels[tokens] = align_labels(
+                word_labels, word_ids[tokens], label_set, label_all_tokens
+            )
+        sentence_ends = self._sentence_ends.take()
+        return TokenDataset(
+            input_ids=self._input_ids.take(),
+            word_ids=word_ids,
+            labels=labels,
+            row_starts=row_starts,
+            row_sentences=self._row_sentences.take(),
+            word_labels=word_labels,
+            sentence_starts=np.concatenate([np.zeros(1, sentence_ends.dtype), sentence_ends]),
+            sentence_lines=self._sentence_lines.take(),
+            source=self.source,
+            label_set=label_set,
+            pad_id=self._tokenizer.pad_id,
         )
 
-    row_starts = np.concatenate([[0], np.cumsum(row_pieces + 2)])
-    is_piece = np.ones(row_starts[-1], dtype=bool)
-    is_piece[row_starts[:-1]] = False
-    is_piece[row_starts[1:] - 1] = False
-    input_ids = np.empty(len(is_piece), dtype=np.int32)
-    input_ids[row_starts[:-1]] = tokenizer.cls_id
-    input_ids[row_starts[1:] - 1] = tokenizer.sep_id
-    input_ids[is_piece] = pieces
-    all_word_ids = np.full(len(is_piece), -1, dtype=np.int64)
-    all_word_ids[is_piece] = word_ids
-    return TokenDataset(
-        input_ids=input_ids,
-        word_ids=all_word_ids,
-        labels=align_labels(word_labels, all_word_ids, label_set, label_all_tokens),
-        row_starts=row_starts,
-        row_sentences=row_sentences,
-        word_labels=word_labels,
-        sentence_starts=corpus.starts,
-        sentence_lines=corpus.lines[corpus.starts[:-1]],
-        source=corpus.source,
-        label_set=label_set,
-        pad_id=tokenizer.pad_id,
-    )
+    def _labels_of_tags(self, kinds: Sequence[str], label_set: LabelSet) -> IntArray:
+        """(num_tags,) label id of each tag number."""
+        # IGNORE_INDEX fits both.
+        dtype = np.int8 if len(label_set.names) <= np.iinfo(np.int8).max else np.int16
+        label_of: IntArray = np.full(2 * len(kinds) + 1, label_set.outside, dtype=dtype)
+        for prefix, letter in ((B, "B"), (I, "I")):
+            for kind, kind_name in _by_name(kinds):
+                name, tag = f"{letter}-{kind_name}", _tag_number(prefix, kind)
+                if name in label_set.index:
+                    label_of[tag] = label_set.index[name]
+                elif tag in self._first_use:
+                    line, word = self._first_use[tag]
+                    raise DataError(
+                        f"{name} ({word!r}) is not among the model's labels "
+                        f"({_some(label_set.names)}); correct the tag, or train on data with it",
+                        self.source,
+                        line,
+                    )
+        return label_of
+
+    def _warn_of_length(self) -> None:
+        if self._long_word is not None:
+            line, word = self._long_word
+            self.warnings.append(
+                f"{self.source}:{line}: a word of more than {self._limit} pieces "
+                f"({word!r:.20}...); its later pieces are not read"
+            )
+        if self._num_long:
+            self.warnings.append(
+                f"{self.source}: {self._num_long} sentences are longer than {self._limit + 2} "
+                f"tokens; cut between words into {self._num_cut_rows} rows, no word dropped"
+            )
+        for warning in self.warnings:
+            logger.warning("%s", warning)
 
 
-def _shorten_words(
-    pieces: IntArray, word_ids: IntArray, num_pieces: IntArray, limit: int, corpus: Corpus
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Keeps the first `limit` pieces of a word that alone is longer than a row."""
-    if len(pieces) == 0:
-        return pieces, word_ids, num_pieces
-    first = np.flatnonzero(np.concatenate([[True], word_ids[1:] != word_ids[:-1]]))
-    length = np.diff(np.append(first, len(pieces)))
-    if length.max() <= limit:
-        return pieces, word_ids, num_pieces
-    word = int(word_ids[first[np.argmax(length > limit)]])
-    logger.warning(
-        "%s:%d: a word of more than %d pieces (%.20r...); its later pieces are not read",
-        corpus.source,
-        corpus.lines[word],
-        limit,
-        corpus.words[word],
-    )
-    keep = np.arange(len(pieces)) - np.repeat(first, length) < limit
-    sentence = np.repeat(np.arange(len(num_pieces)), num_pieces)
-    return pieces[keep], word_ids[keep], np.bincount(sentence[keep], minlength=len(num_pieces))
+def _tag_number(prefix: int, kind: int) -> int:
+    """One number for B or I and a type; 0 is for O."""
+    return 2 * kind + prefix
+
+
+def _by_name(kinds: Sequence[str]) -> list[tuple[int, str]]:
+    """Types with their numbers, sorted by name."""
+    return sorted(enumerate(kinds), key=lambda item: item[1])
+
+
+def _row_slices(row_starts: IntArray) -> Iterator[tuple[slice, slice]]:
+    """Splits rows into runs of about _SLICE_TOKENS tokens: slice of rows, slice of tokens."""
+    begin, num_rows = 0, len(row_starts) - 1
+    while begin < num_rows:
+        end = int(np.searchsorted(row_starts, row_starts[begin] + _SLICE_TOKENS))
+        end = min(end, num_rows)
+        yield slice(begin, end), slice(int(row_starts[begin]), int(row_starts[end]))
+        begin = end
 
 
 def _cut_rows(num_pieces: IntArray, word_ids: IntArray, limit: int) -> tuple[IntArray, IntArray]:

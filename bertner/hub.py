@@ -42,7 +42,9 @@ class ModelSource:
     commit: str | None = None
 
 
-def find_model(name: str | Path, revision: str | None = None) -> ModelSource:
+def find_model(
+    name: str | Path, revision: str | None = None, *, weights: bool = True
+) -> ModelSource:
     """Finds a model's files, downloading them into the Hub's cache if need be.
 
     Args:
@@ -50,6 +52,7 @@ def find_model(name: str | Path, revision: str | None = None) -> ModelSource:
             Hub id such as `bert-base-cased`. The Hub client's own settings hold: its cache,
             `HF_HUB_OFFLINE`, `HF_ENDPOINT`, tokens.
         revision: Branch, tag or commit on the Hub.
+        weights: Download the weights too, not only configuration and tokenizer.
 
     Raises:
         ModelError: There is no such folder, package or Hub repository.
@@ -66,7 +69,7 @@ def find_model(name: str | Path, revision: str | None = None) -> ModelSource:
         raise ModelError("is a file; give the folder that holds config.json and the weights", text)
     if not is_hub_id(text):
         raise ModelError("no such folder", text)
-    return _download(text, revision)
+    return _download(text, revision, weights)
 
 
 def is_hub_id(text: str) -> bool:
@@ -90,25 +93,26 @@ def _folder_in_package(text: str) -> Path:
     return folder
 
 
-def _download(name: str, revision: str | None) -> ModelSource:
+def _download(name: str, revision: str | None, weights: bool) -> ModelSource:
     try:
         ask_hub(name, revision, "model")
     except StorageError as error:
         folder = None
         with contextlib.suppress(StorageError):
-            folder = _snapshot(name, revision, cached=True)
+            folder = _snapshot(name, revision, weights, cached=True)
         if folder is None:
             raise
-        logger.warning("%s: using the cached copy (%s)", name, _reason(error.__cause__))
+        if weights:  # or they are still to be asked for, and this to be said
+            logger.warning("%s: using the cached copy (%s)", name, _reason(error.__cause__))
     else:
-        folder = _snapshot(name, revision, cached=False)
+        folder = _snapshot(name, revision, weights, cached=False)
     if not (folder / "config.json").is_file():
         raise ModelError("has no config.json on the Hub", name)
     # In the Hub's cache a snapshot's folder is named by its commit.
     return ModelSource(name, folder, folder.name)
 
 
-def _snapshot(name: str, revision: str | None, *, cached: bool) -> Path:
+def _snapshot(name: str, revision: str | None, weights: bool, *, cached: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
@@ -119,6 +123,8 @@ def _snapshot(name: str, revision: str | None, *, cached: bool) -> Path:
         )
 
     with _hub_errors(name, revision, "model"):
+        if not weights:
+            return fetch(_FILES)
         folder = fetch(_FILES + _SAFETENSORS)
         if not any((folder / whole_or_index).is_file() for whole_or_index in _SAFETENSORS[:2]):
             folder = fetch(_FILES + _PICKLES)

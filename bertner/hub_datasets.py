@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertner.corpus import Corpus
+from bertner.corpus import Corpus, CorpusStream
 from bertner.errors import DataError, StorageError
 from bertner.hub import ask_hub, io_errors, is_hub_id, unreachable
 from bertner.labels import CONLL_TYPES, label_list
-from bertner.readers import corpus_from_table
+from bertner.readers import open_table
 
 logger = logging.getLogger("bertner")
 
@@ -37,7 +37,26 @@ def read_dataset(
     label_column: str = "ner_tags",
     label_names: Sequence[str] | None = None,
 ) -> dict[str, Corpus]:
-    """Reads the splits of a Hub dataset (or of a folder that holds one).
+    """Reads the splits that `open_dataset` finds; takes and raises the same."""
+    streams = open_dataset(
+        name,
+        config_name=config_name,
+        text_column=text_column,
+        label_column=label_column,
+        label_names=label_names,
+    )
+    return {split: stream.read() for split, stream in streams.items()}
+
+
+def open_dataset(
+    name: str,
+    *,
+    config_name: str | None = None,
+    text_column: str = "tokens",
+    label_column: str = "ner_tags",
+    label_names: Sequence[str] | None = None,
+) -> dict[str, CorpusStream]:
+    """Finds the splits of a Hub dataset (or of a folder that holds one), to be read.
 
     Args:
         name: Hub id, folder, or `conll2003`, which is looked for in its mirrors.
@@ -54,18 +73,18 @@ def read_dataset(
         StorageError: The Hub cannot be reached.
     """
     if name == "conll2003" and not Path(name).exists():
-        return _read_conll2003(text_column, label_column)
+        return _open_conll2003(text_column, label_column)
     splits = _load_dataset(name, config_name, None)
-    corpora = {}
+    streams = {}
     for split, names in _SPLITS.items():
         found = next((each for each in names if each in splits), None)
         if found is not None:
-            corpora[split] = _from_dataset(
+            streams[split] = _from_dataset(
                 splits[found], f"{name}[{found}]", text_column, label_column, label_names
             )
-    if "train" not in corpora:
+    if "train" not in streams:
         raise DataError(f"has no train split but {', '.join(splits)}", name)
-    return corpora
+    return streams
 
 
 def _load_dataset(name: str, config_name: str | None, revision: str | None) -> Any:
@@ -130,10 +149,10 @@ def _from_dataset(
     text_column: str,
     label_column: str,
     label_names: Sequence[str] | None,
-) -> Corpus:
+) -> CorpusStream:
     names = label_names or _class_names(dataset, label_column)
     table = dataset.with_format("arrow")[:]
-    return corpus_from_table(table, source, text_column, label_column, names)
+    return open_table(table, source, text_column, label_column, names)
 
 
 def _class_names(dataset: Any, column: str) -> list[str] | None:
@@ -142,7 +161,7 @@ def _class_names(dataset: Any, column: str) -> list[str] | None:
     return getattr(inner, "names", None)
 
 
-def _read_conll2003(text_column: str, label_column: str) -> dict[str, Corpus]:
+def _open_conll2003(text_column: str, label_column: str) -> dict[str, CorpusStream]:
     """The alias: the first mirror that answers with the right rows and label order."""
     failures: list[DataError] = []
     hub_down: StorageError | None = None

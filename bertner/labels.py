@@ -8,7 +8,7 @@ corpus of millions of words costs a few array operations.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -166,28 +166,42 @@ def detect_scheme(prefixes: IntArray, types: IntArray, starts: IntArray) -> Sche
     begins with B and ends with E. The scheme with the fewest exceptions wins, so a few slips do not
     hide what a file is; on a tie it is BIOES if there is an E or S, and IOB2 if not.
     """
+    exceptions = scheme_exceptions(prefixes, types, starts)
+    name = likeliest_scheme(
+        {name: len(words) for name, words in exceptions.items()}, bool(np.any(prefixes >= E))
+    )
+    return Scheme(name, exceptions[name])
+
+
+def scheme_exceptions(prefixes: IntArray, types: IntArray, starts: IntArray) -> dict[str, IntArray]:
+    """For each scheme, the indices of words whose tag it does not allow where it stands.
+
+    Only words of one sentence are compared, so that counts add up over parts of a corpus.
+    """
     before = np.concatenate([[O], prefixes[:-1]])
     type_before = np.concatenate([[-1], types[:-1]])
     before[starts[starts < len(prefixes)]] = O
     same = (before != O) & (type_before == types)
     foreign = prefixes >= E
+    open_before = same & ((before == B) | (before == I))
+    after = np.concatenate([prefixes[1:], [O]])
+    after[starts[starts > 0] - 1] = O
+    same_after = np.concatenate([types[1:] == types[:-1], [False]])
+    goes_on = ((after == I) | (after == E)) & same_after
+    needs_before = (prefixes == I) | (prefixes == E)
+    needs_after = (prefixes == B) | (prefixes == I)
     wrong = {
+        "BIOES": (needs_before & ~open_before) | (needs_after & ~goes_on),
         "IOB2": ((prefixes == I) & ~same) | foreign,
         "IOB1": ((prefixes == B) & ~same) | foreign,
     }
-    if np.any(foreign):
-        open_before = same & ((before == B) | (before == I))
-        after = np.concatenate([prefixes[1:], [O]])
-        after[starts[starts > 0] - 1] = O
-        same_after = np.concatenate([types[1:] == types[:-1], [False]])
-        goes_on = ((after == I) | (after == E)) & same_after
-        needs_before = (prefixes == I) | (prefixes == E)
-        needs_after = (prefixes == B) | (prefixes == I)
-        bioes = (needs_before & ~open_before) | (needs_after & ~goes_on)
-        wrong = {"BIOES": bioes, **wrong}
-    # Of equals, min takes the first.
-    name = min(wrong, key=lambda name: int(np.count_nonzero(wrong[name])))
-    return Scheme(name, np.flatnonzero(wrong[name]))
+    return {name: np.flatnonzero(words) for name, words in wrong.items()}
+
+
+def likeliest_scheme(num_exceptions: Mapping[str, int], has_e_or_s: bool) -> str:
+    """The scheme with the fewest exceptions; BIOES only if there is an E or S at all."""
+    candidates = ["BIOES", "IOB2", "IOB1"] if has_e_or_s else ["IOB2", "IOB1"]
+    return min(candidates, key=lambda name: num_exceptions[name])  # of equals, the first
 
 
 def to_iob2(prefixes: IntArray, types: IntArray, starts: IntArray) -> IntArray:

@@ -12,7 +12,7 @@ from pathlib import Path
 from reprlib import repr as short  # what a message shows of a value from a file
 from typing import Any
 
-from bertner.corpus import Corpus, CorpusBuilder, split_words
+from bertner.corpus import Corpus, CorpusBuilder, CorpusStream, RawSentence, split_words
 from bertner.errors import DataError, StorageError
 
 # Characters that JSON and parquet can smuggle in and that no tokenizer takes: NUL, and halves of
@@ -21,6 +21,10 @@ _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 # Columns of a table that tell documents apart.
 _DOCUMENT_COLUMNS = ("document_id", "doc_id")
+
+# How much of a source is turned into Python objects at a time.
+_CHUNK_BYTES = 1 << 18
+_TABLE_ROWS = 1_000
 
 
 def read_file(
@@ -42,20 +46,58 @@ def read_file(
         DataError: The file is missing, damaged, or breaks its format; says where and how to fix it.
         StorageError: The file is there but the disk fails, or it may not be read.
     """
+    return open_file(
+        path, text_column=text_column, label_column=label_column, label_names=label_names
+    ).read()
+
+
+def open_file(
+    path: str | Path,
+    *,
+    text_column: str = "tokens",
+    label_column: str = "ner_tags",
+    label_names: Sequence[str] | None = None,
+) -> CorpusStream:
+    """What `read_file` reads, to be read in blocks; errors are raised while it is."""
+    path = Path(path)
+    builder = CorpusBuilder(str(path), label_names)
+    digest = hashlib.sha256()
+    sentences: Iterator[RawSentence]
+    kind = file_format(path)
+    if kind == "parquet":
+        sentences = _parquet_sentences(path, builder, digest, text_column, label_column)
+    elif kind == "json":
+        lines = _text_lines(path, digest)
+        sentences = _json_sentences(lines, builder, text_column, label_column)
+    else:
+        sentences = _conll_sentences(_text_lines(path, digest), builder)
+    return CorpusStream(builder, sentences, digest)
+
+
+def file_format(path: Path) -> str:
+    """How a file is read, by its ending: "parquet", "json" or "conll"."""
+    ending = path.suffix.lower()
+    return {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(ending, "conll")
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes; raises what `read_file` does of a file that cannot be read."""
+    path, digest = Path(path), hashlib.sha256()
+    with _file_errors(path), path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_file(path: str | Path) -> None:
+    """Raises what `read_file` does of a file that is missing or may not be read.
+
+    A pipe is left alone: opening it is part of reading it.
+    """
     path = Path(path)
     with _file_errors(path):
-        content = path.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    ending = path.suffix.lower()
-    if ending == ".parquet":
-        return _read_parquet(content, path, text_column, label_column, label_names, sha256)
-    text = _decode(content, path)
-    builder = CorpusBuilder(str(path), label_names)
-    if ending in (".json", ".jsonl"):
-        _read_json_lines(text, builder, text_column, label_column)
-    else:
-        _read_conll(text, builder)
-    return builder.finish(sha256)
+        if not path.is_fifo():
+            path.open("rb").close()
 
 
 @contextmanager
@@ -93,23 +135,40 @@ def _decode(content: bytes, source: object, first_line: int = 1) -> str:
         ) from None
 
 
-_SPACES = re.compile(" +")
+def _chunks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, in pieces of whole lines."""
+    with _file_errors(path), path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            yield chunk + stream.readline()
 
 
-def _read_conll(text: str, builder: CorpusBuilder) -> None:
+def _text_lines(path: Path, digest: hashlib._Hash) -> Iterator[str]:
+    """The lines of a text file."""
+    next_line = 1
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        # Only \n ends a line: U+2028, U+0085 and their like may be words.
+        lines = _decode(chunk, path, next_line).split("\n")
+        if chunk.endswith(b"\n"):
+            lines.pop()
+        yield from lines
+        next_line += len(lines)
+
+
+def _conll_sentences(lines: Iterable[str], builder: CorpusBuilder) -> Iterator[RawSentence]:
     """CoNLL columns: the word first, its tag last; blank lines between sentences."""
     words: list[str] = []
     tags: list[str] = []
-    lines: list[int] = []
-    num_columns = 0
-    # Only \n ends a line: U+2028, U+0085 and their like may be words.
-    for number, line in enumerate(text.split("\n"), 1):
+    num_columns = document = 0
+    number, is_first = 0, True
+    for number, line in enumerate(lines, 1):
         row = line.rstrip(" \t\r")
-        if not row or row == "-DOCSTART-" or row.startswith(("-DOCSTART- ", "-DOCSTART-\t")):
-            builder.add(words, tags, lines)
-            words, tags, lines = [], [], []
-            if row:
-                builder.document += bool(builder.documents)
+        if not row or (row[0] == "-" and _begins_document(row)):
+            if words:
+                yield document, words, tags, range(number - len(words), number)
+                words, tags, is_first = [], [], False
+            if row and not is_first:
+                document += 1
             continue
         if "\r" in row:
             raise DataError(
@@ -119,7 +178,12 @@ def _read_conll(text: str, builder: CorpusBuilder) -> None:
                 number,
             )
         # With tabs an empty or spaced word is possible; without, runs of spaces part the columns.
-        columns = row.split("\t") if "\t" in row else _SPACES.split(row.lstrip(" "))
+        if "\t" in row:
+            columns = row.split("\t")
+        else:
+            columns = row.split(" ")
+            if "" in columns:
+                columns = [column for column in columns if column]
         if len(columns) < 2 or (num_columns and len(columns) != num_columns):
             wanted = f"{num_columns} as above" if num_columns else "2 or more: word ... tag"
             raise DataError(
@@ -131,15 +195,19 @@ def _read_conll(text: str, builder: CorpusBuilder) -> None:
         num_columns = len(columns)
         words.append(columns[0])
         tags.append(columns[-1])
-        lines.append(number)
-    builder.add(words, tags, lines)
+    if words:
+        yield document, words, tags, range(number + 1 - len(words), number + 1)
 
 
-def _read_json_lines(
-    text: str, builder: CorpusBuilder, text_column: str, label_column: str
-) -> None:
+def _begins_document(row: str) -> bool:
+    return row == "-DOCSTART-" or row.startswith(("-DOCSTART- ", "-DOCSTART-\t"))
+
+
+def _json_sentences(
+    lines: Iterable[str], builder: CorpusBuilder, text_column: str, label_column: str
+) -> Iterator[RawSentence]:
     """JSON lines of words and tags, or of a text and its entities."""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -173,7 +241,7 @@ def _read_json_lines(
                 builder.source,
                 number,
             )
-        builder.add(words, tags, [number] * len(words))
+        yield 0, words, tags, [number] * len(words)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -309,17 +377,15 @@ def _tags_from_entities(
     return tags
 
 
-def _read_parquet(
-    content: bytes,
-    path: Path,
-    text_column: str,
-    label_column: str,
-    label_names: Sequence[str] | None,
-    sha256: str,
-) -> Corpus:
+def _parquet_sentences(
+    path: Path, builder: CorpusBuilder, digest: hashlib._Hash, text_column: str, label_column: str
+) -> Iterator[RawSentence]:
     import pyarrow
     import pyarrow.parquet
 
+    with _file_errors(path):
+        content = path.read_bytes()
+    digest.update(content)
     try:
         table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
         table.validate(full=True)
@@ -331,11 +397,11 @@ def _read_parquet(
             "what it is",
             path,
         ) from None
-    if label_names is None:
+    if builder.label_names is None:
         # Files that `datasets` writes carry the names of their integer tags.
         metadata = (table.schema.metadata or {}).get(b"huggingface")
-        label_names = _class_label_names(metadata, label_column)
-    return corpus_from_table(table, str(path), text_column, label_column, label_names, sha256)
+        builder.label_names = _class_label_names(metadata, label_column)
+    yield from _table_sentences(table, builder, None, text_column, label_column)
 
 
 def _class_label_names(metadata: bytes | None, label_column: str) -> list[str] | None:
@@ -351,15 +417,14 @@ def _class_label_names(metadata: bytes | None, label_column: str) -> list[str] |
     return None
 
 
-def corpus_from_table(
+def open_table(
     table: Any,
     source: str,
     text_column: str,
     label_column: str,
     label_names: Sequence[str] | None,
-    sha256: str | None = None,
-) -> Corpus:
-    """Turns an Arrow table with a column of words and one of tags into a corpus.
+) -> CorpusStream:
+    """An Arrow table with a column of words and one of tags, to be read.
 
     Args:
         table: `pyarrow.Table`; a `document_id` or `doc_id` column tells documents apart.
@@ -367,24 +432,38 @@ def corpus_from_table(
         text_column: Column of lists of words.
         label_column: Column of lists of tags, strings or integers.
         label_names: Names of integer tags.
-        sha256: Of the file; None to hash words and tags.
     """
+    builder, digest = CorpusBuilder(source, label_names), hashlib.sha256()
+    sentences = _table_sentences(table, builder, digest, text_column, label_column)
+    return CorpusStream(builder, sentences, digest)
+
+
+def _table_sentences(
+    table: Any,
+    builder: CorpusBuilder,
+    digest: hashlib._Hash | None,
+    text_column: str,
+    label_column: str,
+) -> Iterator[RawSentence]:
+    """The records of a table; `digest`, if there is one, takes in their words and tags."""
+    source = builder.source
     for column in (text_column, label_column):
         _check_list_column(table, column, source)
-    builder = CorpusBuilder(source, label_names)
-    documents = _document_numbers(table, source)
-    digest = hashlib.sha256()
-    columns = zip(
-        _values(table, text_column, source), _values(table, label_column, source), strict=True
-    )
-    for number, (words, tags) in enumerate(columns, 1):
-        _check_columns(words, tags, builder, number, text_column, label_column)
-        tags = _named_tags(tags, builder, number)
-        builder.document = documents[number - 1] if documents else 0
-        builder.add(words, tags, [number] * len(words))
-        if sha256 is None:
-            digest.update(json.dumps([words, tags]).encode())
-    return builder.finish(sha256 or digest.hexdigest())
+    document_of: dict[Any, int] = {}
+    for begin in range(0, table.num_rows, _TABLE_ROWS):
+        part = table.slice(begin, _TABLE_ROWS)
+        records = zip(
+            _document_numbers(part, source, document_of),
+            _values(part, text_column, source),
+            _values(part, label_column, source),
+            strict=True,
+        )
+        for number, (document, words, tags) in enumerate(records, begin + 1):
+            _check_columns(words, tags, builder, number, text_column, label_column)
+            tags = _named_tags(tags, builder, number)
+            if digest is not None:
+                digest.update(json.dumps([words, tags]).encode())
+            yield document, words, tags, [number] * len(words)
 
 
 def _check_list_column(table: Any, column: str, source: str) -> None:
@@ -416,18 +495,18 @@ def _values(table: Any, column: str, source: str) -> list[Any]:
     return values
 
 
-def _document_numbers(table: Any, source: str) -> list[int] | None:
+def _document_numbers(table: Any, source: str, document_of: dict[Any, int]) -> list[int]:
+    """The document of each record; `document_of` numbers them by what stands in their column."""
     for column in _DOCUMENT_COLUMNS:
         if column in table.column_names:
-            numbers: dict[Any, int] = {}
             values = _values(table, column, source)
             try:
-                return [numbers.setdefault(value, len(numbers)) for value in values]
+                return [document_of.setdefault(value, len(document_of)) for value in values]
             except TypeError:
                 raise DataError(
                     f"column {column!r} must hold one string or integer a record", source
                 ) from None
-    return None
+    return [0] * table.num_rows
 
 
 def read_lines(path: str | Path) -> Iterator[str]:

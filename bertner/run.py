@@ -30,17 +30,18 @@ from bertner.checkpoint import (
     write_json,
     write_text,
 )
-from bertner.config import TrainConfig
-from bertner.corpus import Corpus
-from bertner.data import TokenDataset, labels_for, tokenize
+from bertner.config import BertConfig, TrainConfig
+from bertner.corpus import CorpusStream, CorpusSummary
+from bertner.data import PreparedData, TokenDataset, prepare
+from bertner.data_cache import prepare_file
 from bertner.errors import DataError, UsageError
 from bertner.hub import ModelSource, find_model
-from bertner.hub_datasets import read_dataset
+from bertner.hub_datasets import open_dataset
 from bertner.loop import Evaluation, StepReport, TrainResult, evaluate, train
 from bertner.model import BertForNER
 from bertner.output_dir import check_output_dir, claim_output_dir
 from bertner.predict import Tagger
-from bertner.readers import decode_lines, read_file, read_lines
+from bertner.readers import check_file, decode_lines, open_file, read_lines
 from bertner.report import RunReport, format_scores, progress_bar, say
 from bertner.tokenizer import Tokenizer
 
@@ -55,7 +56,7 @@ class _Parts:
     """What a run is built of."""
 
     source: ModelSource
-    corpora: dict[str, Corpus]
+    corpora: dict[str, CorpusSummary]
     datasets: dict[str, TokenDataset]
     model: BertForNER
     tokenizer: Tokenizer
@@ -133,16 +134,20 @@ def _command(name: str) -> str:
 
 
 def _build(config: TrainConfig) -> _Parts:
-    """Reads the data, then the model; data first, since it is where mistakes are."""
+    """Reads the tokenizer, the data, and then the weights: mistakes are in the data."""
     device = find_device(config.device)
-    corpora = _read_corpora(config)
-    label_set = labels_for(corpora["train"])
-    source = find_model(config.model_name_or_path, config.model_revision)
+    data = _find_data(config)
+    source = find_model(config.model_name_or_path, config.model_revision, weights=False)
     folder, output_dir = source.folder.resolve(), Path(config.output_dir).resolve()
     if folder == output_dir or folder in [path for _, path in list_checkpoints(output_dir)]:
         raise UsageError(
             f"output_dir {config.output_dir} holds the model to start from; choose another folder"
         )
+    tokenizer = _load_tokenizer(folder)
+    prepared = _prepare_data(config, data, tokenizer)
+    label_set = prepared["train"].dataset.label_set
+    if source.commit is not None:
+        find_model(source.name, source.commit)  # the weights too
     # Seeded first, so that a new head is the same in every run with this seed.
     torch.manual_seed(config.seed)
     model = BertForNER.from_pretrained(
@@ -150,18 +155,18 @@ def _build(config: TrainConfig) -> _Parts:
         id2label=dict(enumerate(label_set.names)),
         attn_implementation=config.attn_implementation,
     ).to(device)
-    tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
-    datasets = {
-        split: tokenize(
-            corpus,
-            tokenizer,
-            label_set,
-            label_all_tokens=config.label_all_tokens,
-            max_seq_length=config.max_seq_length,
-        )
-        for split, corpus in corpora.items()
-    }
-    return _Parts(source, corpora, datasets, model, tokenizer)
+    return _Parts(
+        source,
+        {split: each.summary for split, each in prepared.items()},
+        {split: each.dataset for split, each in prepared.items()},
+        model,
+        tokenizer,
+    )
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "config.json"
+    return Tokenizer.from_pretrained(folder, BertConfig.from_dict(read_json(path), path))
 
 
 def _fit(config: TrainConfig, parts: _Parts, output_dir: Path, report: RunReport) -> TrainResult:
@@ -207,16 +212,16 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _read_corpora(config: TrainConfig) -> dict[str, Corpus]:
-    names = config.label_names.split(",") if config.label_names else None
-    columns: dict[str, Any] = {
-        "text_column": config.text_column_name,
-        "label_column": config.label_column_name,
-        "label_names": names,
-    }
+def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
+    """The data by split, training data first: files that are there, or splits of a dataset."""
+    data: dict[str, Path | CorpusStream] = {}
     if config.train_file is None:
-        corpora = read_dataset(
-            config.train_source, config_name=config.dataset_config_name, **columns
+        data.update(
+            open_dataset(
+                config.train_source,
+                config_name=config.dataset_config_name,
+                **_columns(config.text_column_name, config.label_column_name, config.label_names),
+            )
         )
     else:
         files = {
@@ -224,17 +229,51 @@ def _read_corpora(config: TrainConfig) -> dict[str, Corpus]:
             "validation": config.validation_file,
             "test": config.test_file,
         }
-        corpora = {split: read_file(path, **columns) for split, path in files.items() if path}
-    limits = {"train": config.max_train_samples}
-    for split, corpus in corpora.items():
-        limit = limits.get(split, config.max_eval_samples)
-        if limit is not None:
-            corpora[split] = corpus.head(limit)
-    if config.load_best_model_at_end and "validation" not in corpora:
+        data.update({split: Path(path) for split, path in files.items() if path})
+        for path in filter(None, files.values()):
+            check_file(path)
+    if config.load_best_model_at_end and "validation" not in data:
         raise UsageError("load_best_model_at_end needs validation data: give --validation_file")
-    if config.eval_strategy != "no" and "validation" not in corpora:
+    if config.eval_strategy != "no" and "validation" not in data:
         logger.warning("no validation data, so nothing is scored during training")
-    return corpora
+    return data
+
+
+def _columns(text_column: str, label_column: str, label_names: str | None) -> dict[str, Any]:
+    """What readers are told of a source's columns."""
+    return {
+        "text_column": text_column,
+        "label_column": label_column,
+        "label_names": label_names.split(",") if label_names else None,
+    }
+
+
+def _prepare_data(
+    config: TrainConfig, data: dict[str, Path | CorpusStream], tokenizer: Tokenizer
+) -> dict[str, PreparedData]:
+    """Reads and tokenises all data; the training data say what the labels are."""
+    columns = _columns(config.text_column_name, config.label_column_name, config.label_names)
+    row_limit = tokenizer.row_limit(config.max_seq_length)
+    prepared: dict[str, PreparedData] = {}
+    label_set = None
+    for split, source in data.items():
+        settings: dict[str, Any] = {
+            "label_all_tokens": config.label_all_tokens,
+            "row_limit": row_limit,
+            "max_samples": config.max_train_samples
+            if split == "train"
+            else config.max_eval_samples,
+        }
+        # A pipe can be read only once, and so not be hashed first.
+        if isinstance(source, Path) and source.is_file() and config.data_cache:
+            prepared[split] = prepare_file(
+                source, tokenizer, label_set, name=split, columns=columns, settings=settings
+            )
+        else:
+            stream = open_file(source, **columns) if isinstance(source, Path) else source
+            prepared[split] = prepare(stream, tokenizer, label_set, **settings)
+        label_set = prepared["train"].dataset.label_set
+    return prepared
 
 
 def _announce(config: TrainConfig, parts: _Parts, total_steps: int) -> None:
@@ -253,7 +292,7 @@ def _announce(config: TrainConfig, parts: _Parts, total_steps: int) -> None:
             split,
             f"{corpus.num_sentences:,}",
             f"{corpus.num_words:,}",
-            f"{sum(corpus.entity_counts().values()):,}",
+            f"{sum(corpus.entity_counts.values()):,}",
             f"{len(parts.datasets[split].input_ids):,}",
             corpus.source,
         )
@@ -297,7 +336,7 @@ def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, An
                 "documents": corpus.num_documents,
                 "sentences": corpus.num_sentences,
                 "words": corpus.num_words,
-                "entities": corpus.entity_counts(),
+                "entities": corpus.entity_counts,
             }
             for split, corpus in parts.corpora.items()
         },
@@ -372,12 +411,12 @@ def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dic
 
 
 def _labelling(folder: Path) -> dict[str, Any]:
-    """How a model's training data was labelled and cut, if bertner trained it."""
+    """How a model's training data was labelled and cut; as by default if others trained it."""
     try:
         config = read_json(folder / "run.json")["config"]
         return {name: config[name] for name in ("label_all_tokens", "max_seq_length")}
     except (DataError, KeyError, TypeError):
-        return {}
+        return {"label_all_tokens": True, "max_seq_length": None}
 
 
 def run_evaluation(options: argparse.Namespace) -> None:
@@ -385,13 +424,15 @@ def run_evaluation(options: argparse.Namespace) -> None:
     source = find_model(options.model)
     model = BertForNER.from_pretrained(source.folder).to(find_device(options.device))
     tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
-    corpus = read_file(
-        options.file,
-        text_column=options.text_column_name,
-        label_column=options.label_column_name,
-        label_names=options.label_names.split(",") if options.label_names else None,
-    )
-    dataset = tokenize(corpus, tokenizer, model.label_set, **_labelling(source.folder))
+    columns = _columns(options.text_column_name, options.label_column_name, options.label_names)
+    labelling = _labelling(source.folder)
+    dataset = prepare(
+        open_file(options.file, **columns),
+        tokenizer,
+        model.label_set,
+        label_all_tokens=labelling["label_all_tokens"],
+        row_limit=tokenizer.row_limit(labelling["max_seq_length"]),
+    ).dataset
     with progress_bar(len(dataset), " sentences", "evaluate", show=True) as bar:
         evaluation = evaluate(
             model,

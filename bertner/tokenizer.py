@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,18 @@ class Tokenizer:
             )
         return min(max_seq_length or self.model_max_length, self.model_max_length)
 
-    def encode(self, sentences: Sequence[Sequence[str]]) -> list[Encoding]:
-        """Wordpieces of sentences that are split into words, without special tokens."""
-        # encode_batch_fast would be leaner, but gives no word_ids for words that are split already.
-        return list(
-            self.fast.encode_batch(sentences, is_pretokenized=True, add_special_tokens=False)
-        )
+    @cached_property
+    def num_ids(self) -> int:
+        """One more than the highest id."""
+        return max(self.fast.get_vocab().values()) + 1
+
+    def encode(self, words: Sequence[str]) -> Encoding:
+        """Wordpieces of words (`ids`, and `word_ids` into `words`), without special tokens.
+
+        Each word is tokenised by itself, as BERT's pieces never span two: it does not matter which
+        words are encoded together.
+        """
+        return self.fast.encode(words, is_pretokenized=True, add_special_tokens=False)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, config: BertConfig) -> Tokenizer:

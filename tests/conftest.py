@@ -72,6 +72,14 @@ def write_model_folder(folder: Path, vocab: list[str] | None = None, **shape: ob
     return folder
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Prepared data of one test: never where the user's lies."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("BERTNER_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     return write_model_folder(tmp_path / "tiny-bert")

@@ -29,7 +29,7 @@ def test_collate_pads_on_the_right(tokenizer: Tokenizer) -> None:
     begin = dataset.row_starts[2]
     assert batch.token_index.tolist() == [*range(begin, begin + 8), 0, 1, 2]
     assert (
-        dataset.input_ids[batch.token_index] == batch.input_ids[batch.attention_mask == 1]
+        dataset.input_ids[batch.token_index] == batch.input_ids[batch.attention_mask == 1].numpy()
     ).all()
     assert batch.labels.dtype == batch.input_ids.dtype == torch.int64
     assert (batch.labels[batch.attention_mask == 0] == IGNORE_INDEX).all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bertner import data, readers
 from bertner.config import BertConfig
-from bertner.corpus import Corpus, CorpusBuilder
-from bertner.data import align_labels, labels_for, tokenize
+from bertner.corpus import CorpusBuilder, CorpusStream
+from bertner.data import TokenDataset, align_labels, labels_for, prepare, tokenize
 from bertner.errors import DataError
-from bertner.labels import LabelSet, label_list
-from bertner.readers import read_file
+from bertner.labels import IGNORE_INDEX, LabelSet, label_list
+from bertner.readers import open_file, read_file
 from bertner.tokenizer import Tokenizer
 from tests.conftest import SHARED_DATA, corpus_of, needs_cased_vocab, needs_conll
 
@@ -89,19 +92,13 @@ def test_conll2003_train_in_the_cased_vocabulary(tmp_path: Path) -> None:
         assert dataset.labels[tokens].tolist() == expected
 
 
-def test_unknown_validation_tag_names_line_and_fix() -> None:
+def test_unknown_validation_tag_names_line_and_fix(tokenizer: Tokenizer) -> None:
     label_set = labels_for(corpus_of("Paris/B-LOC"))
     other = corpus_of("the", "Mary/B-PER")
     with pytest.raises(DataError, match=r"made-up:2: B-PER \('Mary'\) is not among") as caught:
-        align_labels_of(other, label_set)
+        tokenize(other, tokenizer, label_set)
     assert caught.value.exit_code == 65
     assert "train on data" in str(caught.value)
-
-
-def align_labels_of(corpus: Corpus, label_set: LabelSet) -> None:
-    from bertner.data import label_words
-
-    label_words(corpus, label_set)
 
 
 def test_a_corpus_without_entities_is_refused() -> None:
@@ -177,3 +174,170 @@ def test_a_word_longer_than_a_row(tokenizer: Tokenizer, caplog: pytest.LogCaptur
     assert set(dataset.word_ids) == {-1, 0, 1, 2}
     assert "made-up:1: a word of more than 18 pieces" in caplog.text
     assert "no word dropped" in caplog.text
+
+
+# Blocks and narrow arrays
+
+ARRAYS = [
+    field.name
+    for field in dataclasses.fields(TokenDataset)
+    if field.name not in ("source", "label_set", "pad_id")
+]
+
+
+def assert_same_data(left: TokenDataset, right: TokenDataset) -> None:
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
+        assert getattr(left, name).dtype == getattr(right, name).dtype, name
+    for name in ("source", "label_set", "pad_id"):
+        assert getattr(left, name) == getattr(right, name)
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    sentences=st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["Paris", "the", "landing", "\u200b", "said.", "x-y-z", "-" * 40]),
+                st.sampled_from(["O", "B-B", "I-B", "S-A", "B-C"]),
+            ),
+            min_size=1,
+            max_size=12,
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+    num_words=st.integers(1, 20),
+    limit=st.integers(8, 40),
+    label_all=st.booleans(),
+    max_samples=st.none() | st.integers(1, 10),
+)
+def test_preparing_in_blocks_gives_what_the_whole_corpus_gives(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    sentences: list[list[tuple[str, str]]],
+    num_words: int,
+    limit: int,
+    label_all: bool,
+    max_samples: int | None,
+) -> None:
+    path = tmp_path / "corpus.txt"
+    blocks = ["".join(f"{word} {tag}\n" for word, tag in sentence) for sentence in sentences]
+    path.write_text("\n-DOCSTART- O\n".join(blocks), encoding="utf-8")
+    corpus = read_file(path)
+    used = corpus if max_samples is None else corpus.head(max_samples)
+    label_set = labels_for(corpus) if corpus.type_names else None
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in (
+            (readers, "_CHUNK_BYTES", 16),
+            (data, "_KNOWN_WORDS", 2),
+            (data, "_SLICE_TOKENS", 10),
+            (CorpusStream, "blocks", partialmethod(CorpusStream.blocks, num_words)),
+        ):
+            patch.setattr(module, name, value)
+        options = {"label_all_tokens": label_all, "row_limit": limit, "max_samples": max_samples}
+        if label_set is None:
+            with pytest.raises(DataError, match="every tag is O"):
+                prepare(open_file(path), tokenizer, None, **options)
+            return
+        prepared = prepare(open_file(path), tokenizer, None, **options)
+        counts = prepared.dataset.row_num_labelled
+    expected = tokenize(
+        used, tokenizer, label_set, label_all_tokens=label_all, max_seq_length=limit
+    )
+    assert_same_data(prepared.dataset, expected)
+    summary = prepared.summary
+    assert (summary.source, summary.sha256) == (corpus.source, corpus.sha256)
+    assert (summary.scheme, summary.type_names) == (corpus.scheme, corpus.type_names)
+    assert summary.entity_counts == used.entity_counts()
+    assert list(summary.entity_counts) == list(corpus.type_names)
+    assert summary.num_documents == used.num_documents
+    assert (summary.num_sentences, summary.num_words) == (used.num_sentences, used.num_words)
+    for row in range(len(expected)):
+        tokens = slice(expected.row_starts[row], expected.row_starts[row + 1])
+        assert counts[row] == np.count_nonzero(expected.labels[tokens] != IGNORE_INDEX)
+
+
+def test_warnings_come_once_a_file(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text(("Paris B-X\n\n" + "the I-X\nsaid O\n" * 9 + f"{'-' * 50} O\n\n") * 5)
+    whole = read_file(path)
+    tokenize(whole, tokenizer, labels_for(whole), max_seq_length=10)
+    expected = [record.getMessage() for record in caplog.records]
+    assert [message.removeprefix(str(path)) for message in expected] == [
+        ":1: 5 tags do not fit IOB1, the first is B-X on 'Paris'; read as conlleval does",
+        f":21: a word of more than 8 pieces ('{'-' * 19}...); its later pieces are not read",
+        ": 5 sentences are longer than 10 tokens; cut between words into 20 rows, no word dropped",
+    ]
+    caplog.clear()
+    monkeypatch.setattr(CorpusStream, "blocks", partialmethod(CorpusStream.blocks, 4))
+    prepared = prepare(open_file(path), tokenizer, None, row_limit=10)
+    assert [record.getMessage() for record in caplog.records] == expected
+    assert list(prepared.warnings) == expected
+
+
+def test_a_tag_that_the_labels_lack_in_a_later_block(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("Paris B-LOC\n\n" * 20 + "said O\nMary B-PER\n\n" + "Poe B-PER\n\n" * 9)
+    monkeypatch.setattr(CorpusStream, "blocks", partialmethod(CorpusStream.blocks, 4))
+    label_set = LabelSet(("O", "B-LOC", "I-LOC"))
+    with pytest.raises(DataError, match=r"corpus.txt:42: B-PER \('Mary'\) is not among"):
+        prepare(open_file(path), tokenizer, label_set, row_limit=10)
+    # Sentences that are not used may hold what they like, as long as it is a tag.
+    prepare(open_file(path), tokenizer, label_set, row_limit=10, max_samples=20)
+    path.write_text("Paris B-LOC\n\n" * 20 + "said LOC\n")
+    with pytest.raises(DataError, match=r"corpus.txt:41: tag 'LOC'"):
+        prepare(open_file(path), tokenizer, label_set, row_limit=10, max_samples=20)
+
+
+@pytest.mark.parametrize(("num_ids", "dtype"), [(65_536, np.uint16), (65_537, np.int32)])
+def test_ids_are_as_narrow_as_the_vocabulary(tmp_path: Path, num_ids: int, dtype: type) -> None:
+    vocab = [*"[PAD] [UNK] [CLS] [SEP] [MASK] A".split(), *(f"w{k}" for k in range(6, num_ids))]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    tokenizer = Tokenizer.from_pretrained(tmp_path, BertConfig(vocab_size=num_ids))
+    dataset = tokenize(corpus_of(f"A/B-X w{num_ids - 1}"), tokenizer, LabelSet(("O", "B-X")))
+    assert dataset.input_ids.dtype == dtype
+    assert dataset.input_ids.tolist() == [2, 5, num_ids - 1, 3]
+
+
+@pytest.mark.parametrize(("num_labels", "dtype"), [(127, np.int8), (129, np.int16)])
+def test_labels_are_as_narrow_as_their_number(
+    tokenizer: Tokenizer, num_labels: int, dtype: type
+) -> None:
+    label_set = LabelSet(tuple(label_list(f"T{k:03}" for k in range(num_labels // 2))))
+    assert len(label_set.names) == num_labels
+    last = label_set.names[-1].removeprefix("I-")
+    dataset = tokenize(corpus_of(f"Paris/B-{last} London/I-{last} the"), tokenizer, label_set)
+    assert dataset.labels.dtype == dataset.word_labels.dtype == dtype
+    assert dataset.labels.tolist() == [-100, num_labels - 2, num_labels - 1, 0, -100]
+    assert dataset.word_ids.dtype == np.int32
+    assert dataset.row_starts.dtype == np.int64
+
+
+@pytest.mark.parametrize("own_pages_bytes", [data._OWN_PAGES_BYTES, 400])
+def test_a_growing_array_widens_when_a_value_needs_it(
+    own_pages_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_HEAP_BYTES", 200)
+    monkeypatch.setattr(data, "_OWN_PAGES_BYTES", own_pages_bytes)
+    array, values = data._GrowingArray(np.int32), [-1, 2**31 - 1]
+    array.append(np.array(values))
+    for k in range(200):
+        array.append(np.arange(k))
+        values += range(k)
+    taken = array.take()
+    assert (taken.dtype, taken.tolist()) == (np.int32, values)
+    for more in (values, [2**31], [7]):
+        array.append(np.array(more))
+    taken = array.take()
+    assert (taken.dtype, taken.tolist()) == (np.int64, [*values, 2**31, 7])
+    assert array.take().tolist() == []

@@ -20,7 +20,7 @@ ORDER = [
     ["kernels", "checkpoint", "corpus", "hub"],
     ["packing", "readers", "tokenizer", "output_dir"],
     ["attention", "hub_datasets", "data"],
-    ["batches"],
+    ["batches", "data_cache"],
     ["model"],
     ["loop", "predict"],
     ["report"],

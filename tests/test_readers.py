@@ -10,7 +10,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from bertner import readers
 from bertner.corpus import MAX_TYPES, Corpus, split_words
 from bertner.errors import DataError, StorageError
 from bertner.labels import B, I, O, label_list
-from bertner.readers import corpus_from_table, read_file, read_lines
+from bertner.readers import open_file, open_table, read_file, read_lines
 from tests.conftest import SAMPLE, SHARED_DATA, needs_conll
 
 Sentence = list[tuple[str, str]]  # (word, tag)
@@ -452,7 +453,7 @@ def test_a_folder_in_the_path_is_no_column(folder: Path) -> None:
 def test_table_without_a_file_is_hashed_by_content() -> None:
     def corpus_of(tags: list[list[Any]], words: Sequence[str] = ("a",)) -> Corpus:
         table = pa.table({"tokens": [list(words)], "ner_tags": tags})
-        return corpus_from_table(table, "made-up[train]", "tokens", "ner_tags", ["O", "B-X"])
+        return open_table(table, "made-up[train]", "tokens", "ner_tags", ["O", "B-X"]).read()
 
     corpus = corpus_of([["B-X"]])
     check_invariants(corpus)
@@ -473,7 +474,7 @@ def test_strings_that_are_not_utf8(folder: Path) -> None:
     with pytest.raises(
         DataError, match=r"^made-up: column 'tokens' holds what cannot be read: .*0xff"
     ):
-        corpus_from_table(table, "made-up", "tokens", "ner_tags", None)
+        open_table(table, "made-up", "tokens", "ner_tags", None).read()
     path = folder / "a.parquet"
     path.write_bytes(table_bytes(table))
     assert_refused(path, None, "not a readable parquet file .*UTF")
@@ -750,11 +751,44 @@ def assert_refused(path: Path, line: int | None, pattern: str, **options: Any) -
     ids=[f"{k}-{pattern[:40]}" for k, (_, _, _, pattern) in enumerate(BAD_FILES)],
 )
 def test_bad_file(
-    folder: Path, name: str, content: str | bytes, line: int | None, pattern: str
+    folder: Path,
+    name: str,
+    content: str | bytes,
+    line: int | None,
+    pattern: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_refused(path, line, pattern)
+    # The same from a file that is read a few bytes at a time and checked word by word.
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", 3)
+    with pytest.raises(DataError, match=pattern) as caught:
+        read_in_blocks(path, 1)
+    assert caught.value.line == line
+
+
+def read_in_blocks(path: Path, num_words: int) -> None:
+    stream = open_file(path)
+    for _ in stream.blocks(num_words):
+        pass
+    stream.builder.conclude()
+
+
+def test_a_mistake_far_down_a_file_of_many_blocks(folder: Path) -> None:
+    good = "Mary B-PER\nPoe I-PER\n\n"
+    for bad, pattern in (
+        ("Paris\n", "1 column instead of 2"),
+        ("Paris LOC\n", "tag 'LOC'"),
+        ("Paris B-LOC\0\n", "NUL byte"),
+        ("Paris \udcff\n", "not UTF-8"),
+    ):
+        path = folder / "long.txt"
+        path.write_bytes((good * 20_000 + bad + good * 20_000).encode(errors="surrogateescape"))
+        assert_refused(path, 60_001, pattern)
+        with pytest.raises(DataError, match=pattern) as caught:
+            read_in_blocks(path, 100)
+        assert caught.value.line == 60_001
 
 
 def test_bad_integers(folder: Path) -> None:
@@ -848,10 +882,20 @@ BAD_PARQUET: list[tuple[bytes, int | None, str]] = [
     BAD_PARQUET,
     ids=[f"{k}-{pattern[:40]}" for k, (_, _, pattern) in enumerate(BAD_PARQUET)],
 )
-def test_bad_parquet(folder: Path, content: bytes, line: int | None, pattern: str) -> None:
+def test_bad_parquet(
+    folder: Path,
+    content: bytes,
+    line: int | None,
+    pattern: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     path = folder / "bad.parquet"
     path.write_bytes(content)
     assert_refused(path, line, pattern)
+    monkeypatch.setattr(readers, "_TABLE_ROWS", 1)
+    with pytest.raises(DataError, match=pattern) as caught:
+        read_in_blocks(path, 1)
+    assert caught.value.line == line
 
 
 def test_parquet_metadata_may_be_anything(folder: Path) -> None:
@@ -876,10 +920,12 @@ def test_missing_file_and_folder(tmp_path: Path, ending: str) -> None:
 def test_a_disk_that_fails_is_not_bad_data(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path) -> bytes:
-        raise OSError(errno.EIO, "Input/output error")
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", lambda *_: Failing())
+    monkeypatch.setattr(Path, "read_bytes", lambda _: Failing().read())
     with pytest.raises(StorageError, match="cannot be read: Input/output error") as caught:
         read_file(tmp_path / f"a.{ending}")
     assert caught.value.exit_code == 74
@@ -1041,6 +1087,89 @@ def test_read_lines_refuses(folder: Path) -> None:
     path.write_bytes(b"a\nb\xff\n")
     with pytest.raises(DataError, match=f"^{path}:2: byte 0xff is not UTF-8"):
         list(read_lines(path))
+
+
+# Blocks
+
+SCHEME_TAGS = {
+    "IOB1": ["O", "I-X", "I-X", "B-X", "I-Y"],
+    "IOB2": ["O", "B-X", "I-X", "B-Y", "I-Y"],
+    "BIOES": ["O", "S-X", "B-X", "I-X", "E-X", "S-Y"],
+    "any": ["O", "B-X", "I-X", "E-X", "S-Y", "L-Z", "I-Y"],
+}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(sorted(SCHEME_TAGS)).flatmap(
+        lambda scheme: st.lists(
+            st.lists(
+                st.tuples(plain_words, st.sampled_from(SCHEME_TAGS[scheme])), min_size=1, max_size=6
+            ),
+            min_size=1,
+            max_size=8,
+        )
+    ),
+    st.integers(0, 9),
+    st.integers(1, 12),
+    st.integers(1, 40),
+)
+def test_blocks_are_the_corpus_in_parts(
+    folder: Path, sentences: list[Sentence], ending: int, num_words: int, chunk_bytes: int
+) -> None:
+    words = [[word for word, _ in sentence] for sentence in sentences]
+    tags = [[tag for _, tag in sentence] for sentence in sentences]
+    documents = [k // 3 for k in range(len(sentences))]
+    table = pa.table({"tokens": words, "ner_tags": tags, "doc_id": documents})
+    grouped = [sentences[k : k + 3] for k in range(0, len(sentences), 3)]
+    records = ({"tokens": w, "ner_tags": t} for w, t in zip(words, tags, strict=True))
+    contents = {
+        "blocks.txt": as_conll(grouped, " ")[: -ending or None],
+        "blocks.jsonl": lines_of(*records).encode(),
+        "blocks.parquet": table_bytes(table),
+    }
+    for name, content in contents.items():
+        path = folder / name
+        path.write_bytes(content)
+        with pytest.MonkeyPatch.context() as patch:
+            whole, message = outcome(lambda path=path: read_file(path))
+            patch.setattr(readers, "_CHUNK_BYTES", chunk_bytes)
+            patch.setattr(readers, "_TABLE_ROWS", num_words)
+            stream = open_file(path)
+            blocks, message_in_blocks = outcome(lambda s=stream: list(s.blocks(num_words)))
+            if isinstance(blocks, list):
+                scheme, message_in_blocks = outcome(stream.builder.conclude)
+        assert message_in_blocks == message
+        if not isinstance(whole, Corpus):
+            continue  # what the last line lost made it a bad one
+        assert isinstance(blocks, list)
+        assert (scheme, stream.digest.hexdigest()) == (whole.scheme, whole.sha256)
+        assert tuple(sorted(stream.builder.kinds)) == whole.type_names
+        assert [word for block in blocks for word in block.words] == whole.words
+        for field in ("prefixes", "documents", "lines"):
+            parts = np.concatenate([getattr(block, field) for block in blocks])
+            np.testing.assert_array_equal(parts, getattr(whole, field))
+        lengths = np.concatenate([np.diff(block.starts) for block in blocks])
+        np.testing.assert_array_equal(lengths, np.diff(whole.starts))
+        kinds = [*stream.builder.kinds, None]
+        names = [kinds[k] for block in blocks for k in block.types]
+        assert names == [(*whole.type_names, None)[k] for k in whole.types]
+        again = list(whole.blocks(num_words))
+        assert [block.words for block in again] == [block.words for block in blocks]
+
+
+def outcome(work: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What some work returns, or None, and what it warned of or was refused with."""
+    logger, records = logging.getLogger("bertner"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        return work(), records
+    except DataError as error:
+        return None, [str(error)]
+    finally:
+        logger.removeHandler(handler)
 
 
 # Corpora

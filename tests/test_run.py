@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -383,6 +385,20 @@ def test_a_file_name_that_is_no_text(
     assert train_main([*arguments, "--train_file", str(name), "--max_steps", "1"]) == 0
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["config"]["train_file"] == str(name)
+
+
+def test_data_from_a_pipe(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from `--train_file <(zcat train.txt.gz)`: read once, from beginning to end."""
+    os.mkfifo(tmp_path / "pipe")
+    content = (tmp_path / "train.txt").read_bytes()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content])
+    writer.start()
+    pipe = ["--train_file", str(tmp_path / "pipe"), "--max_steps", "1"]
+    assert train_main([*arguments, *pipe]) == 0
+    writer.join()
+    assert "train: 24 sentences" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_does_not_stop_training(arguments: list[str], tmp_path: Path) -> None:
