@@ -3,9 +3,9 @@
     python -m benchmarks.attention_forms
 
 Forward and backward of one layer of bert-base's heads with dropout, for batches of more and longer
-rows, with three plans: every row by itself, all rows under one mask, and `packing.plan_blocks`
-between the two. Prints also what a block costs and what a score costs, whose ratio is
-`packing.SCORES_PER_CALL`.
+rows, with three plans: rows of unlike length by themselves, all rows under one mask, and
+`packing.plan_blocks` between the two. Prints also what a block costs and what a score costs, whose
+ratio is `packing.SCORES_PER_CALL`.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ import torch
 from seqeval.metrics import f1_score
 from transformers import AutoTokenizer, EvalPrediction, pipeline
 
+from benchmarks.common import Parts, arguments, interleave, load, make_trainer, ratios, spread
 from benchmarks.machine import write_result
-from benchmarks.setup import Parts, arguments, interleave, load, make_trainer, ratios, spread
 from bertner.batches import collate
 from bertner.labels import IGNORE_INDEX
 from bertner.loop import evaluate

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.common import MINILM, arguments, interleave, ratios, spread
 from benchmarks.machine import write_result
-from benchmarks.setup import MINILM, arguments, interleave, ratios, spread
 from bertner.hub import find_model
 
 

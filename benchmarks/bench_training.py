@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import Parts, StepClock, arguments, interleave, load, make_trainer, ratios
+from benchmarks.common import spread as spread_of
 from benchmarks.machine import write_result
-from benchmarks.setup import Parts, StepClock, arguments, interleave, load, make_trainer, ratios
-from benchmarks.setup import spread as spread_of
 from bertner.batches import epoch_order
 from bertner.config import TrainConfig
 from bertner.loop import train

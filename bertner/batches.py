@@ -12,10 +12,6 @@ from torch import Tensor
 from bertner.data import TokenDataset
 from bertner.labels import IGNORE_INDEX, IntArray
 
-# Tokens of a batch where nothing is trained: enough to keep the matrix products at their best, few
-# enough for their results to stay in the cache. `python -m benchmarks.bench_evaluation` varies it.
-EVAL_TOKENS = 2048
-
 
 @dataclass(frozen=True)
 class PaddedBatch:

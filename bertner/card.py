@@ -228,6 +228,7 @@ def _procedure(facts: RunFacts) -> str:
     )
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     clipping = f"{config.max_grad_norm:g}" if config.max_grad_norm else "off"
+    rows = "packed" if config.packing else f"padded, attention {config.attn_implementation}"
     kept = "last"
     if config.load_best_model_at_end:
         kept = f"best by {config.metric_for_best_model} on the validation data"
@@ -243,7 +244,7 @@ def _procedure(facts: RunFacts) -> str:
         f"- labelled: {labelling}",
         f"- epochs: {result.epoch:g}, steps: {result.step}",
         f"- seed: {config.seed}",
-        f"- dtype: {config.dtype}, attention: {config.attn_implementation}",
+        f"- dtype: {config.dtype}, rows: {rows}",
         f"- kept weights: the {kept}: step {facts.kept_step}",
         f"- hardware: {facts.device}",
         f"- time: {result.runtime:.0f} s in all, {result.steps_per_second:.2f} steps/s, "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bertner import __version__
-from bertner.config import RECIPES, TrainConfig, read_settings
+from bertner.config import EVAL_TOKENS, RECIPES, TrainConfig, read_settings
 from bertner.errors import BertnerError, StorageError, UsageError
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -136,9 +136,13 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--model", "--model_name_or_path", required=True)
         parser.add_argument("--file", required=True, help="CoNLL columns, JSON lines or parquet")
-        parser.add_argument("--batch_size", type=_positive, default=8)
-        parser.add_argument("--device", default="auto")
-        parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+        parser.add_argument(
+            "--batch_size",
+            type=_positive,
+            default=8,
+            help="sentences over which the Trainer's eval_loss averages (default: 8)",
+        )
+        _add_machine_flags(parser)
         parser.add_argument("--label_names", help="names of integer tags: O,B-PER,I-PER")
         parser.add_argument("--text_column_name", default="tokens")
         parser.add_argument("--label_column_name", default="ner_tags")
@@ -163,16 +167,32 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--model", "--model_name_or_path", required=True)
         parser.add_argument("files", nargs="*", metavar="FILE", help="default: standard input")
-        parser.add_argument(
-            "--batch_tokens", type=_positive, default=2048, help="tokens computed at a time"
-        )
-        parser.add_argument("--device", default="auto")
+        _add_machine_flags(parser)
         options = parser.parse_args(arguments)
         from bertner.run import run_prediction
 
         run_prediction(options)
 
     return _guarded("bertner-predict", command)
+
+
+def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `TrainConfig` that also say how a trained model is computed."""
+    fields = {item.name: item for item in dataclasses.fields(TrainConfig)}
+    for name in ("device", "dtype", "matmul"):
+        item = fields[name]
+        parser.add_argument(
+            f"--{name}",
+            default=item.default,
+            choices=item.metadata["choices"] or None,
+            help=f"{item.metadata['help']} (default: {item.default})",
+        )
+    parser.add_argument(
+        "--batch_tokens",
+        type=_positive,
+        default=EVAL_TOKENS,
+        help=f"tokens that are computed at a time (default: {EVAL_TOKENS})",
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -212,8 +232,9 @@ def _guarded(program: str, command: Callable[[], None]) -> int:
         if not _is_out_of_memory(error):
             raise
         print(
-            f"{program}: out of memory; use smaller batches (--per_device_train_batch_size, "
-            "--per_device_eval_batch_size, --batch_tokens) or a shorter --max_seq_length",
+            f"{program}: out of memory; use smaller batches (--per_device_train_batch_size and "
+            "--eval_batch_tokens of bertner-train, --batch_tokens of the others) or a shorter "
+            "--max_seq_length",
             file=sys.stderr,
         )
         return UsageError.exit_code

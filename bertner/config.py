@@ -201,6 +201,10 @@ def _option(default: Any, help: str, aliases: str = "", choices: str = "") -> An
 # What --metric_for_best_model may name: keys of an evaluation, without "eval_".
 METRICS = "f1 precision recall accuracy loss word_f1 word_precision word_recall".split()
 
+# Tokens of a packed batch where nothing is trained: enough to keep the matrix products at their
+# best, few enough to bound memory. `python -m benchmarks.bench_evaluation --tokens` varies it.
+EVAL_TOKENS = 2048
+
 MAX_EPOCHS = 1_000_000  # so that the number of steps is always a number that a float can hold
 
 
@@ -213,7 +217,9 @@ class TrainConfig:
         "bert-base-cased", "folder, Hub id, or package:NAME/FOLDER", aliases="model"
     )
     model_revision: str | None = _option(None, "branch, tag or commit of a model from the Hub")
-    attn_implementation: str = _option("sdpa", "attention function", choices="sdpa eager")
+    attn_implementation: str = _option(
+        "sdpa", "attention function of padded rows", choices="sdpa eager"
+    )
     # Data
     dataset_name: str | None = _option(None, "Hub dataset; conll2003 if no file is given")
     dataset_config_name: str | None = _option(None, "configuration of the Hub dataset")
@@ -241,8 +247,11 @@ class TrainConfig:
         8, "sentences in a micro-batch", aliases="train_batch_size"
     )
     per_device_eval_batch_size: int = _option(
-        8, "sentences in a batch of evaluation", aliases="eval_batch_size"
+        8,
+        "sentences over which eval_loss_batch_mean averages; with --no-packing the batch itself",
+        aliases="eval_batch_size",
     )
+    eval_batch_tokens: int = _option(EVAL_TOKENS, "tokens in a packed batch of evaluation")
     gradient_accumulation_steps: int = _option(1, "micro-batches in an optimizer step")
     learning_rate: float = _option(2e-5, "peak rate of AdamW")
     weight_decay: float = _option(0.01, "decoupled decay; none for biases and LayerNorm")
@@ -259,7 +268,7 @@ class TrainConfig:
     )
     matmul: str = _option(
         "auto",
-        "library for float32 matrix products: auto takes the fastest that is exact here",
+        "library of packed rows' matrix products: auto takes the fastest that is exact here",
         choices="auto default onednn",
     )
     dtype: str = _option("float32", "arithmetic (autocast)", choices="float32 bfloat16")
@@ -281,7 +290,8 @@ class TrainConfig:
         for item in dataclasses.fields(self):
             self._check_type(item)
         at_least = {
-            1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+            1: "per_device_train_batch_size per_device_eval_batch_size eval_batch_tokens "
+            "gradient_accumulation_steps "
             "logging_steps eval_steps save_steps save_total_limit max_train_samples "
             "max_eval_samples",
             0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
@@ -319,6 +329,13 @@ class TrainConfig:
                 f"metric_for_best_model {self.metric_for_best_model!r} is not measured; "
                 f"use one of {' '.join(METRICS)}"
             )
+        if self.packing and self.attn_implementation != "sdpa":
+            raise UsageError(
+                f"attn_implementation {self.attn_implementation} is for padded rows; "
+                "add --no-packing"
+            )
+        if not self.packing and self.matmul == "onednn":
+            raise UsageError("matmul onednn is for packed rows; leave out --no-packing")
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise UsageError("load_best_model_at_end needs eval_strategy steps or epoch")
 

@@ -363,6 +363,9 @@ def split_words(text: str) -> list[tuple[int, int]]:
     spans = []
     for chunk in re.finditer(r"\S+", text):
         begin = chunk.start()
+        if chunk.group().isalnum() and chunk.group().isascii():
+            spans.append(chunk.span())  # most words: not worth a look at each letter
+            continue
         for position, character in enumerate(chunk.group(), begin):
             # Letters, digits, marks (accents, vowel signs) and invisible joiners hold together.
             if unicodedata.category(character)[0] in "PS" or _IDEOGRAPH.match(character):

@@ -1,8 +1,8 @@
 """The few places where the hot path takes a faster primitive than PyTorch's default.
 
-Each computes what the default computes, and says why it is here. The gains are measured by
-`python -m benchmarks.kernels`; the model uses them for packed tokens only, so that padded rows stay
-the plain reference.
+Each computes what the default computes, and says why it is here; what each gains is measured by
+`python -m benchmarks.bench_kernels`. The model uses them for packed tokens only, so that padded
+rows stay the plain reference.
 
 Shape legend: P packed tokens, K and N sizes of a layer's input and output.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,8 +30,8 @@ from bertner.errors import UsageError
 class KeepMasks:
     """Dropout's random masks, drawn in bulk.
 
-    PyTorch's Bernoulli numbers cost 10 ns each on a CPU, a fifth of a step of a small model. Here a
-    64-bit word of NumPy's SFC64 decides four units, at 2 ns each. A unit is dropped with
+    PyTorch draws Bernoulli numbers one by one, which takes an eighth of a small model's step. Here
+    a 64-bit word of NumPy's SFC64 decides four units, several times faster. A unit is dropped with
     probability round(p * 65536) / 65536, and what stays is scaled for just that probability.
 
     Args:
@@ -74,34 +75,41 @@ class Products:
         return f"{self.library}{emulated} ({self.reason})"
 
 
-_products = Products()
+# The choices that are in force, the newest last: PyTorch's setting is one for the whole process, so
+# whoever is the last to leave puts it back.
+_choices: list[Products] = []
+_choices_lock = threading.Lock()
+_setting_before = "none"
 
 
 @contextmanager
 def multiply_by(products: Products) -> Iterator[None]:
     """Multiplies matrices in the chosen way while it is open; other threads are affected, too."""
-    global _products
-    before = _products, _get_precision()
-    _products = products
-    _set_precision("bf16" if products.library == "onednn" else "none")
+    global _setting_before
+    with _choices_lock:
+        if not _choices:
+            _setting_before = _get_precision()
+        _choices.append(products)
+        _set_precision("bf16" if products.library == "onednn" else "none")
     try:
         yield
     finally:
-        _products = before[0]
-        _set_precision(before[1])
+        with _choices_lock:
+            _choices.remove(products)
+            if not _choices:
+                _set_precision(_setting_before)
+            else:
+                _set_precision("bf16" if _choices[-1].library == "onednn" else "none")
 
 
 # Allowing oneDNN to compute float32 products by way of bfloat16 sends them to oneDNN at all, which
 # computes them exactly unless the processor has tiles for bfloat16 (AMX): hence the check below.
 def _get_precision() -> str:
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    return getattr(settings, "fp32_precision", "none")
+    return str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
 
 
 def _set_precision(precision: str) -> None:
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is not None and hasattr(settings, "fp32_precision"):
-        settings.fp32_precision = precision
+    torch.backends.mkldnn.matmul.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 @lru_cache
@@ -113,33 +121,40 @@ def choose_products(matmul: str, device: torch.device, dtype: str) -> Products:
     timed, which takes a tenth of a second. The answer is kept for the life of the process.
 
     Args:
-        matmul: "auto", "default" or "onednn".
+        matmul: "auto", "onednn", or "default": PyTorch's own, for bfloat16 too.
         device: Where; on others than a CPU the default is taken.
         dtype: "float32" or "bfloat16" of autocast.
 
     Raises:
         UsageError: "onednn" is asked for, but is not exact here, or not there at all.
     """
-    if device.type != "cpu":
-        return Products(reason=f"{device.type} has its own")
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        if matmul == "onednn":
+            raise UsageError(f"there is no oneDNN for {device.type} here; use --matmul default")
+        return Products(reason=f"PyTorch's own for {device.type}")
+    if matmul == "default":
+        return Products(reason="as asked")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(160, 768, generator=generator)
     weights = [torch.randn(768, 768, generator=generator) for _ in range(6)]
-    emulates = dtype == "bfloat16" and _is_bfloat16_slow(x, weights[0])
-    if matmul == "default":
-        return Products("default", emulates, "as asked")
+    with torch.autocast("cpu", enabled=False):
+        library, reason = _choose_library(matmul, x, weights)
+        emulates = dtype == "bfloat16" and _is_bfloat16_slow(library, x, weights[0])
+    return Products(library, emulates, reason)
+
+
+def _choose_library(matmul: str, x: Tensor, weights: Sequence[Tensor]) -> tuple[str, str]:
     if matmul == "auto" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return Products("default", emulates, "without AVX-512 the libraries are equal")
-    onednn = Products("onednn", emulates, "as asked")
-    with multiply_by(onednn):
+        return "default", "without AVX-512 the libraries are equal"
+    with multiply_by(Products("onednn")):
         error = _error(x, weights[0])
     if error > 1e-5:
-        reason = f"oneDNN's products are not exact here (relative error {error:.0e})"
+        reason = f"oneDNN's products are not exact here, with a relative error of {error:.0e}"
         if matmul == "onednn":
             raise UsageError(f"{reason}; use --matmul default")
-        return Products("default", emulates, reason)
+        return "default", reason
     if matmul == "onednn":
-        return onednn
+        return "onednn", "as asked"
     seconds = {"default": math.inf, "onednn": math.inf}
     for _ in range(3):
         for library in seconds:
@@ -147,20 +162,37 @@ def choose_products(matmul: str, device: torch.device, dtype: str) -> Products:
                 seconds[library] = min(seconds[library], _seconds([x] * len(weights), weights))
     gain = seconds["default"] / seconds["onednn"]
     # A clear gain only, so that noise does not change the bits of a run from one start to the next.
-    library = "onednn" if gain > 1.15 else "default"
-    return Products(library, emulates, f"oneDNN takes {1 / gain:.2f} of MKL's time, exactly")
+    return (
+        "onednn" if gain > 1.15 else "default",
+        f"oneDNN is exact here and takes {1 / gain:.2f} of the default's time",
+    )
 
 
-def _is_bfloat16_slow(x: Tensor, weight: Tensor) -> bool:
-    """Whether products of bfloat16 take longer than those of float32, for want of hardware."""
+def _is_bfloat16_slow(library: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether products of bfloat16 are no faster than those of float32, for want of hardware.
+
+    With it they take half the time or less, without it several times as long: no close call.
+    """
     short = [x.bfloat16()], [weight.bfloat16()]
-    return min(_seconds(*short) for _ in range(2)) > min(_seconds([x], [weight]) for _ in range(2))
+    with multiply_by(Products(library)):
+        seconds = [(_seconds(*short), _seconds([x], [weight])) for _ in range(3)]
+    return min(a for a, _ in seconds) > 0.9 * min(b for _, b in seconds)
 
 
 def _error(x: Tensor, weight: Tensor) -> float:
-    """Largest error of a product, relative to its largest value."""
-    exact = x.double() @ weight.double()
-    return float(((x @ weight).double() - exact).abs().max() / exact.abs().max())
+    """Largest error of the kinds of products that a step has, relative to the largest value."""
+    found = torch.empty(x.shape[1], x.shape[1])
+    torch.mm(x.t(), x, out=found)
+    heads, head = x.view(len(x), 12, -1).transpose(0, 1), weight[: len(x)].view(len(x), 12, -1)
+    head = head.permute(1, 2, 0)
+    errors = [
+        (x @ weight, x.double() @ weight.double()),
+        (found, x.double().t() @ x.double()),
+        (heads @ head, heads.double() @ head.double()),
+    ]
+    return max(
+        float((ours.double() - exact).abs().max() / exact.abs().max()) for ours, exact in errors
+    )
 
 
 def _seconds(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
@@ -223,31 +255,43 @@ def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     if all(map(has_buffer, weights)):
         result: Tensor = _Linear.apply(x, weight, bias, *weights, *biases)  # type: ignore[no-untyped-call]
         return result
-    return torch.cat([F.linear(x, layer.weight, layer.bias) for layer in layers], dim=-1)
+    return torch.cat([_product(x, layer.weight, layer.bias)[0] for layer in layers], dim=-1)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, torch.dtype | None]:
-    """A linear layer; also its input as it went into the product, and autocast's dtype if it is on.
+def _product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, _Rounding]:
+    """A linear layer; also its input as it went into the product, and how that was rounded.
 
     Whatever autocast would do here is done by hand, so it is off within.
     """
     kind = x.device.type
-    rounded = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    rounded = _Rounding(None, False)
+    if torch.is_autocast_enabled(kind):
+        emulates = bool(_choices) and _choices[-1].emulates_bfloat16
+        rounded = _Rounding(torch.get_autocast_dtype(kind), emulates)
     with torch.autocast(kind, enabled=False):
-        factor = _rounded(x, rounded)
-        result = torch.addmm(_rounded(bias, rounded), factor, _rounded(weight, rounded).t())
-        return (result if rounded is None else result.to(rounded)), factor, rounded
+        factor = rounded.factor(x)
+        result = torch.addmm(rounded.factor(bias), factor, rounded.factor(weight).t())
+        return rounded.result(result), factor, rounded
 
 
-def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`x` as a factor of a product in `dtype`: of that dtype, or float32 with rounded values.
+@dataclass(frozen=True)
+class _Rounding:
+    """How autocast rounds the factors and the result of a product; `dtype` None is not at all.
 
-    Without hardware for it a product of bfloat16 takes 7 times as long as one of float32. A float32
-    product of rounded factors is the same: bfloat16 hardware adds up in float32, too.
+    Without hardware for it a product of bfloat16 takes several times as long as one of float32. A
+    float32 product of rounded factors is the same: bfloat16 hardware adds up in float32, too.
     """
-    if dtype is None:
-        return x
-    return x.to(dtype).float() if _products.emulates_bfloat16 else x.to(dtype)
+
+    dtype: torch.dtype | None
+    emulates: bool
+
+    def factor(self, x: Tensor) -> Tensor:
+        if self.dtype is None:
+            return x
+        return x.to(self.dtype).float() if self.emulates else x.to(self.dtype)
+
+    def result(self, x: Tensor) -> Tensor:
+        return x if self.dtype is None else x.to(self.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -270,10 +314,12 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         half = len(ctx.parameters) // 2
         weights, biases = ctx.parameters[:half], ctx.parameters[half:]
-        grad = _rounded(grad, ctx.rounded)
+        grad = ctx.rounded.factor(grad)
         buffer = _joined([weight.grad_buffer for weight in weights])
         assert buffer is not None, "adjacent as the weights are"
         if weights[0].grad is not None:
+            for weight in weights:
+                _move_to_buffer(weight)
             buffer.add_(grad.t() @ x)
         elif x.dtype == buffer.dtype:
             torch.mm(grad.t(), x, out=buffer)
@@ -283,13 +329,20 @@ class _Linear(torch.autograd.Function):
             weight.grad = weight.grad_buffer
             # Now, while it is in the cache: see `gradient_norm`. The last call of a step is right.
             weight.grad_square = _square(weight.grad)
-        grad_bias = grad.sum(0, dtype=torch.float32)
+        grad_bias = grad.sum(0, dtype=biases[0].dtype)
         grad_biases = torch.split(grad_bias, [len(bias) for bias in biases])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _rounded(ctx.weight, ctx.rounded)
-            grad_x = (grad_x if ctx.rounded is None else grad_x.to(ctx.rounded)).to(ctx.dtype)
+            grad_x = ctx.rounded.result(grad @ ctx.rounded.factor(ctx.weight)).to(ctx.dtype)
         return grad_x, None, None, *[None] * half, *grad_biases
+
+
+def _move_to_buffer(weight: Any) -> bool:
+    """Copies a gradient that something else has put there; whether there was one."""
+    if weight.grad.data_ptr() == weight.grad_buffer.data_ptr():
+        return False
+    weight.grad_buffer.copy_(weight.grad)
+    return True
 
 
 def embedding(ids: Tensor, layer: nn.Embedding) -> Tensor:
@@ -320,7 +373,10 @@ class _Embedding(torch.autograd.Function):
         weight, buffer = ctx.weight, ctx.weight.grad_buffer
         if weight.grad is None:
             buffer[weight.grad_rows] = 0.0
-            weight.grad, weight.grad_rows = buffer, ids[:0]
+            weight.grad_rows = ids[:0]
+        elif _move_to_buffer(weight):
+            weight.grad_rows = torch.arange(len(weight), device=ids.device)
+        weight.grad = buffer
         if ctx.padding_idx is not None:
             grad = grad * (ids != ctx.padding_idx)[:, None]
         buffer.index_add_(0, ids, grad)
@@ -338,17 +394,28 @@ def gradient_buffers(model: nn.Module) -> Iterator[None]:
     """Gives the gradients of a model's linear layers and embeddings places that stay.
 
     While it is open, `linear` and `embedding` write gradients there themselves, past autograd's
-    hooks. All else is as ever: `grad` is None after `zero_grad`, and backward adds to it.
+    hooks. All else is as ever: `grad` is None after `zero_grad`, and backward adds to it. What else
+    changes such a gradient in place (another term of the loss on the same weight, or noise added by
+    hand) is not seen by `gradient_norm`, and stays in an embedding's buffer: use no buffers then.
+
+    Raises:
+        RuntimeError: The model has buffers already.
     """
-    with_buffer: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.requires_grad:
-            with_buffer.append(module.weight)
+    # A weight that several modules share has one buffer.
+    with_buffer: list[Any] = list(
+        {
+            id(module.weight): module.weight
+            for module in model.modules()
+            if isinstance(module, nn.Linear | nn.Embedding) and module.weight.requires_grad
+        }.values()
+    )
+    if any(map(has_buffer, with_buffer)):
+        raise RuntimeError("this model is in training already: it has buffers for its gradients")
     # In one piece and in the order of the weights, so that what is stacked there is stacked here.
-    flat = torch.zeros(sum(w.numel() for w in with_buffer), device=with_buffer[0].device)
-    for weight, part in zip(
-        with_buffer, torch.split(flat, [w.numel() for w in with_buffer]), strict=True
-    ):
+    sizes = [weight.numel() for weight in with_buffer]
+    like = next(model.parameters())
+    flat = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
+    for weight, part in zip(with_buffer, torch.split(flat, sizes), strict=True):
         weight.grad = None
         weight.grad_buffer = part.view_as(weight)
         weight.grad_square = None
@@ -386,17 +453,17 @@ def _square(x: Tensor) -> Tensor:
 @contextmanager
 def hot_path(matmul: str, device: torch.device, dtype: str) -> Iterator[None]:
     """What training, evaluation and prediction on packed rows run in; see `choose_products`."""
-    _keep_freed_memory()
     with multiply_by(choose_products(matmul, device, dtype)):
         yield
 
 
-def _keep_freed_memory() -> None:
-    """Lets the C library keep memory that is freed, in place of giving it back to the system.
+@lru_cache
+def keep_freed_memory() -> None:
+    """Lets the C library keep memory that is freed, for the life of the process.
 
-    Activations of some megabytes are freed and allocated anew in every step; given back, each 4 KB
-    page of them costs a fault when it is first touched again. Does nothing where the C library is
-    not glibc.
+    Activations of some megabytes are freed and allocated anew in every step; given back to the
+    system, each 4 KB page of them costs a fault when it is first touched again. Does nothing where
+    the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -418,7 +485,8 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor, *, fol
         fold: Let the optimizer divide by the factor as it reads the gradients, in place of a pass
             over them of its own; equal but for the last bit.
     """
-    if fold:
+    # PyTorch's fused AdamW divides on these; the one of MPS pays no heed to the factor.
+    if fold and norm.device.type in ("cpu", "cuda"):
         # Where gradient scaling of float16 hands its factor over; fused optimizers divide by it.
         scale = (norm + 1e-6) / max_norm
         optimizer.grad_scale = scale if scale > 1.0 else None  # type: ignore[attr-defined]

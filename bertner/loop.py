@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from bertner import kernels
 from bertner.batches import (
-    EVAL_TOKENS,
     PackedBatch,
     PaddedBatch,
     collate,
@@ -30,12 +29,12 @@ from bertner.batches import (
     padded_by_length,
     step_batches,
 )
-from bertner.config import TrainConfig
+from bertner.config import EVAL_TOKENS, TrainConfig
 from bertner.data import TokenDataset
 from bertner.errors import NotFiniteError, UsageError
 from bertner.labels import IGNORE_INDEX, IntArray
 from bertner.metrics import EntityScores, score_entities
-from bertner.model import BertForNER, token_loss
+from bertner.model import BertForNER, autocast, token_loss
 
 
 @dataclass(frozen=True)
@@ -183,11 +182,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
-    """Arithmetic in `dtype`; weights and optimizer state stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
 def train(
     model: BertForNER,
     dataset: TokenDataset,
@@ -199,7 +193,8 @@ def train(
 ) -> TrainResult:
     """Fine-tunes a model in place.
 
-    Seeds PyTorch's global generator before every micro-batch (see `dropout_seed`).
+    Seeds PyTorch's global generator before every micro-batch (see `dropout_seed`). With packed rows
+    the C library keeps freed memory from then on, for speed (see `kernels.keep_freed_memory`).
 
     Args:
         model: On the device to train on.
@@ -237,9 +232,8 @@ def train(
             )
             for step, micro_batches in enumerate(batches, epoch * steps_per_epoch):
                 optimizer.zero_grad()
-                num_labelled = sum(
-                    int(dataset.row_num_labelled[rows].sum()) for rows in micro_batches
-                )
+                all_rows = np.concatenate(micro_batches)
+                num_labelled = int(dataset.row_num_labelled[all_rows].sum())
                 loss_sum = torch.zeros((), device=device)
                 for k, rows in enumerate(micro_batches):
                     batch = make_batch(dataset, rows, device)
@@ -250,10 +244,10 @@ def train(
                     share.backward()  # type: ignore[no-untyped-call]
                     loss_sum += share.detach()
                 norm = norm_of([p for p in parameters if p.grad is not None])
-                # The one place where a step waits for the device: weights must not take a bad step.
+                # Waits for the device: weights must not take a bad step.
                 loss, grad_norm = loss_sum.item(), norm.item()
                 if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                    raise _not_finite(step, loss, grad_norm, dataset, micro_batches)
+                    raise _not_finite(step, loss, grad_norm, dataset, all_rows)
                 if config.max_grad_norm > 0:
                     kernels.clip(optimizer, config.max_grad_norm, norm, fold=config.packing)
                 rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
@@ -262,7 +256,7 @@ def train(
                 optimizer.step()
 
                 # What follows only watches: it changes no weight.
-                num_tokens = sum(int(dataset.row_lengths[rows].sum()) for rows in micro_batches)
+                num_tokens = int(dataset.row_lengths[all_rows].sum())
                 report = progress.after_step(model, step + 1, loss, grad_norm, rate, num_tokens)
                 if step + 1 == total_steps:
                     model.eval()
@@ -282,6 +276,7 @@ def _short_ways(model: BertForNER, config: TrainConfig) -> Iterator[None]:
         yield
         return
     model.stack_projections()
+    kernels.keep_freed_memory()
     with (
         kernels.hot_path(config.matmul, model.device, config.dtype),
         kernels.gradient_buffers(model),
@@ -294,9 +289,9 @@ def _not_finite(
     loss: float,
     grad_norm: float,
     dataset: TokenDataset,
-    micro_batches: list[IntArray],
+    rows: IntArray,
 ) -> NotFiniteError:
-    sentences = dataset.row_sentences[np.concatenate(micro_batches)]
+    sentences = dataset.row_sentences[rows]
     lines = ", ".join(str(line) for line in dataset.sentence_lines[sentences])
     return NotFiniteError(
         f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, with the "
@@ -391,6 +386,7 @@ class _Progress:
             self.config.per_device_eval_batch_size,
             dtype=self.config.dtype,
             packing=self.config.packing,
+            batch_tokens=self.config.eval_batch_tokens,
             matmul=self.config.matmul,
             on_batch=self.watcher.evaluating(len(self.dataset)) if self.watcher else None,
         )
@@ -452,16 +448,18 @@ def evaluate(
         if packing
         else padded_by_length(dataset, batch_size, device)
     )
-    with kernels.hot_path(matmul, device, dtype) if packing else nullcontext():
-        for batch in batches:
-            with autocast(device, dtype):
-                logits = model(batch.input_ids, **batch.layout).logits  # (P, C) or (B, T, C)
-            loss = token_loss(logits, batch.labels, "none")
-            predicted[batch.token_index] = batch.real(logits.argmax(-1)).cpu().numpy()
-            losses[batch.token_index] = batch.real(loss).cpu().numpy()
-            if on_batch is not None:
-                on_batch(len(batch.rows))
-    model.train(was_training)
+    try:
+        with kernels.hot_path(matmul, device, dtype) if packing else nullcontext():
+            for batch in batches:
+                with autocast(device, dtype):
+                    logits = model(batch.input_ids, **batch.layout).logits  # (P, C) or (B, T, C)
+                loss = token_loss(logits, batch.labels, "none")
+                predicted[batch.token_index] = batch.real(logits.argmax(-1)).cpu().numpy()
+                losses[batch.token_index] = batch.real(loss).cpu().numpy()
+                if on_batch is not None:
+                    on_batch(len(batch.rows))
+    finally:
+        model.train(was_training)
 
     row_losses = np.add.reduceat(losses, dataset.row_starts[:-1], dtype=np.float64)
     scored = dataset.labels != IGNORE_INDEX

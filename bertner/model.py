@@ -4,10 +4,10 @@ The module tree spells the state-dict keys of `transformers`, so that weights go
 no converter. The computation follows Devlin et al. (2019) as the original code has it: embeddings
 add word and token type, then position; LayerNorm comes after each residual; GELU is exact.
 
-Rows come in one of two forms. Padded, (B, T), they go through PyTorch's own modules, number for
+Rows come in one of two layouts. Padded, (B, T), they go through PyTorch's own modules, number for
 number as in `transformers`: the reference. Packed, (P,) with `cu_seqlens`, there are real tokens
-only, and the layers take the shorter ways of `kernels` and `attention`: the hot path. The hidden
-states' number of dimensions, 3 or 2, tells which it is.
+only, and the layers take the shorter ways of `kernels` and `attention`: the hot path. What the
+layers are given as `layout` tells which it is: the attention's mask, or a `Packing`.
 
 Shape legend: B batch, T padded length, P packed tokens, D hidden size, N heads, H head size,
 C labels.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -125,10 +126,10 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
         """(B, T, D) to (B, T, D), or (P, D) to (P, D)."""
-        if isinstance(rows, Packing):
-            return self.packed(hidden_states, rows)
+        if isinstance(layout, Packing):
+            return self.packed(hidden_states, layout)
         batch, length, _ = hidden_states.shape
 
         def split_heads(x: Tensor) -> Tensor:
@@ -138,15 +139,15 @@ class BertSelfAttention(nn.Module):
         key = split_heads(self.key(hidden_states))  # (B, N, T, H)
         value = split_heads(self.value(hidden_states))  # (B, N, T, H)
         dropout = self.dropout_prob if self.training else 0.0
-        context = self.attention(query, key, value, rows, dropout)  # (B, N, T, H)
+        context = self.attention(query, key, value, layout, dropout)  # (B, N, T, H)
         return context.transpose(1, 2).reshape(batch, length, -1)
 
     def packed(self, hidden_states: Tensor, packing: Packing) -> Tensor:
         """(P, D) to (P, D)."""
         qkv = kernels.linear(hidden_states, self.query, self.key, self.value)  # (P, 3 * D)
         draw_keep = None
-        if packing.masks is not None and self.dropout_prob > 0.0:
-            draw_keep = partial(packing.masks.draw, p=self.dropout_prob)
+        if packing.dropout_masks is not None and self.dropout_prob > 0.0:
+            draw_keep = partial(packing.dropout_masks.draw, p=self.dropout_prob)
         return attention_packed(qkv, self.num_attention_heads, packing.blocks, draw_keep)
 
 
@@ -160,11 +161,11 @@ class BertResidual(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, sublayer_output: Tensor, sublayer_input: Tensor, rows: Tensor | Packing | None
+        self, sublayer_output: Tensor, sublayer_input: Tensor, layout: Tensor | Packing | None
     ) -> Tensor:
         """(B, T, in_size) and (B, T, D) to (B, T, D), or the same packed."""
-        if isinstance(rows, Packing):
-            projected = rows.dropout(kernels.linear(sublayer_output, self.dense), self.dropout.p)
+        if isinstance(layout, Packing):
+            projected = layout.dropout(kernels.linear(sublayer_output, self.dense), self.dropout.p)
         else:
             projected = self.dropout(self.dense(sublayer_output))
         return cast(Tensor, self.LayerNorm(projected + sublayer_input))
@@ -178,9 +179,9 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config, attention)
         self.output = BertResidual(config.hidden_size, config)
 
-    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
         """(B, T, D) to (B, T, D), or the same packed."""
-        return cast(Tensor, self.output(self.self(hidden_states, rows), hidden_states, rows))
+        return cast(Tensor, self.output(self.self(hidden_states, layout), hidden_states, layout))
 
 
 class BertIntermediate(nn.Module):
@@ -193,9 +194,9 @@ class BertIntermediate(nn.Module):
             nn.PReLU() if config.hidden_act == "prelu" else ACTIVATION_FUNCTIONS[config.hidden_act]
         )
 
-    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
         """(B, T, D) to (B, T, intermediate_size), or the same packed."""
-        if isinstance(rows, Packing):
+        if isinstance(layout, Packing):
             wide = kernels.linear(hidden_states, self.dense)
         else:
             wide = self.dense(hidden_states)
@@ -211,10 +212,10 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertResidual(config.intermediate_size, config)
 
-    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
         """(B, T, D) to (B, T, D), or the same packed."""
-        attended = self.attention(hidden_states, rows)
-        return cast(Tensor, self.output(self.intermediate(attended, rows), attended, rows))
+        attended = self.attention(hidden_states, layout)
+        return cast(Tensor, self.output(self.intermediate(attended, layout), attended, layout))
 
 
 class BertEncoder(nn.Module):
@@ -226,10 +227,10 @@ class BertEncoder(nn.Module):
             BertLayer(config, attention) for _ in range(config.num_hidden_layers)
         )
 
-    def forward(self, hidden_states: Tensor, rows: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
         """(B, T, D) to (B, T, D), or the same packed."""
         for layer in self.layer:
-            hidden_states = layer(hidden_states, rows)
+            hidden_states = layer(hidden_states, layout)
         return hidden_states
 
 
@@ -244,21 +245,21 @@ class BertModel(nn.Module):
         self.max_position_embeddings = config.max_position_embeddings
 
     def forward(
-        self, input_ids: Tensor, rows: Tensor | Packing | None, token_type_ids: Tensor | None
+        self, input_ids: Tensor, layout: Tensor | Packing | None, token_type_ids: Tensor | None
     ) -> Tensor:
         """(B, T) ids and their attention mask to (B, T, D), or (P,) and their packing to (P, D)."""
-        length = rows.max_length if isinstance(rows, Packing) else input_ids.shape[1]
+        length = layout.max_length if isinstance(layout, Packing) else input_ids.shape[1]
         if length > self.max_position_embeddings:
             raise ValueError(
                 f"{length} tokens in a row, but the model has "
                 f"{self.max_position_embeddings} positions; cut the text into shorter rows"
             )
-        if isinstance(rows, Packing):
-            hidden_states = self.embeddings.packed(input_ids, token_type_ids, rows)
+        if isinstance(layout, Packing):
+            hidden_states = self.embeddings.packed(input_ids, token_type_ids, layout)
         else:
             hidden_states = self.embeddings(input_ids, token_type_ids)
-            rows = attention_mask_for(self.attention_implementation, rows, hidden_states.dtype)
-        return cast(Tensor, self.encoder(hidden_states, rows))
+            layout = attention_mask_for(self.attention_implementation, layout, hidden_states.dtype)
+        return cast(Tensor, self.encoder(hidden_states, layout))
 
 
 @dataclass(frozen=True)
@@ -293,12 +294,18 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
     return loss.view_as(labels) if reduction == "none" else loss
 
 
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """Arithmetic in `dtype`; weights and optimizer state stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 class BertForNER(nn.Module):
     """BERT that gives each token a label.
 
     Args:
         config: Shape and labels.
-        attn_implementation: "sdpa" (PyTorch's fused attention) or "eager" (written out).
+        attn_implementation: "sdpa" (PyTorch's fused attention) or "eager" (written out), for padded
+            rows.
     """
 
     def __init__(self, config: BertConfig, attn_implementation: str = "sdpa") -> None:
@@ -405,7 +412,7 @@ class BertForNER(nn.Module):
             model_name_or_path: A folder, `package:NAME/FOLDER`, or a Hub id.
             id2label: Names of the labels; None for the checkpoint's own.
             num_labels: Number of labels, in place of their names.
-            attn_implementation: "sdpa" or "eager".
+            attn_implementation: "sdpa" or "eager", for padded rows.
             revision: Branch, tag or commit on the Hub.
 
         Returns:

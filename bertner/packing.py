@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,6 +39,9 @@ class Block:
 # each of its scores. Only their ratio matters; `python -m benchmarks.attention_forms` measures it.
 SCORES_PER_CALL = 3000
 
+# Scores of a block of equal rows, unless it is a single row: bounds memory, at no cost in time.
+MOST_SCORES = 2**21
+
 
 def plan_blocks(lengths: Sequence[int]) -> list[list[int]]:
     """Divides the rows of a packed batch into blocks, as cheap as possible in total.
@@ -57,7 +59,8 @@ def plan_blocks(lengths: Sequence[int]) -> list[list[int]]:
     """
     runs: list[list[int]] = []
     for length in lengths:
-        if runs and runs[-1][0] == length:
+        same = bool(runs) and runs[-1][0] == length
+        if same and (len(runs[-1]) + 1) * length**2 <= MOST_SCORES:
             runs[-1].append(length)
         else:
             runs.append([length])
@@ -92,14 +95,13 @@ def make_blocks(lengths: Sequence[int], device: torch.device) -> list[Block]:
         if len(set(rows)) == 1:
             block = Block(start, len(rows), rows[0], None)
         else:
-            block = Block(start, 1, sum(rows), _join_mask(tuple(rows), device))
+            block = Block(start, 1, sum(rows), _join_mask(rows, device))
         blocks.append(block)
         start = block.stop
     return blocks
 
 
-@lru_cache(maxsize=64)
-def _join_mask(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def _join_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
     """(t, t) zeros where a token sees another of its row, minus infinity elsewhere."""
     row = torch.repeat_interleave(torch.tensor(lengths, device=device))
     mask = torch.full((len(row), len(row)), -torch.inf, device=device)
@@ -117,7 +119,7 @@ class Packing:
         max_length: Tokens of the longest row.
         position_ids: (P,) place of each token in its row.
         blocks: The parts in which attention is computed.
-        masks: Source of dropout's masks; None outside training.
+        dropout_masks: Source of dropout's masks; None outside training.
     """
 
     def __init__(self, cu_seqlens: Tensor, training: bool) -> None:
@@ -130,10 +132,10 @@ class Packing:
         begin = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=starts[-1])
         self.position_ids = torch.arange(starts[-1], device=device) - begin
         self.blocks: list[Block] = make_blocks(lengths, device)
-        self.masks = KeepMasks(device) if training else None
+        self.dropout_masks = KeepMasks(device) if training else None
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """Drops units of `x`, in training."""
-        if self.masks is None or p == 0.0:
+        if self.dropout_masks is None or p == 0.0:
             return x
-        return x * self.masks.draw(x.shape, p).to(x.dtype)
+        return x * self.dropout_masks.draw(x.shape, p).to(x.dtype)

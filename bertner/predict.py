@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from bertner import kernels
-from bertner.batches import EVAL_TOKENS, packed_by_length
+from bertner.batches import packed_by_length
+from bertner.config import EVAL_TOKENS
 from bertner.corpus import Corpus, split_words
 from bertner.data import TokenDataset, tokenize
 from bertner.hub import find_model
 from bertner.labels import IntArray
-from bertner.model import BertForNER
+from bertner.model import BertForNER, autocast
 from bertner.tokenizer import Tokenizer
 
 
@@ -47,12 +48,23 @@ class Tagger:
         model: Trained model.
         tokenizer: Its tokenizer.
         batch_tokens: Tokens that are computed at a time.
+        dtype: "float32" or "bfloat16" arithmetic.
+        matmul: See `TrainConfig.matmul`.
     """
 
     def __init__(
-        self, model: BertForNER, tokenizer: Tokenizer, batch_tokens: int = EVAL_TOKENS
+        self,
+        model: BertForNER,
+        tokenizer: Tokenizer,
+        batch_tokens: int = EVAL_TOKENS,
+        *,
+        dtype: str = "float32",
+        matmul: str = "auto",
     ) -> None:
         self.model = model.eval()
+        self.model.stack_projections()
+        self.dtype = dtype
+        self.matmul = matmul
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
         self.label_set = model.label_set
@@ -64,6 +76,8 @@ class Tagger:
         *,
         device: str = "cpu",
         batch_tokens: int = EVAL_TOKENS,
+        dtype: str = "float32",
+        matmul: str = "auto",
     ) -> Tagger:
         """Loads a model folder, or a model from the Hub.
 
@@ -72,7 +86,8 @@ class Tagger:
         """
         source = find_model(model_name_or_path)
         model = BertForNER.from_pretrained(source.folder).to(device)
-        return cls(model, Tokenizer.from_pretrained(source.folder, model.config), batch_tokens)
+        tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
+        return cls(model, tokenizer, batch_tokens, dtype=dtype, matmul=matmul)
 
     def __call__(self, texts: Sequence[str]) -> list[list[Entity]]:
         """Entities of each text, in order; a text longer than the model's window is no problem."""
@@ -106,10 +121,11 @@ class Tagger:
         labels = np.zeros(len(dataset.input_ids), dtype=np.int16)
         scores = np.zeros(len(dataset.input_ids), dtype=np.float32)
         device = self.model.device
-        with kernels.hot_path("auto", device, "float32"):
+        with kernels.hot_path(self.matmul, device, self.dtype):
             for batch in packed_by_length(dataset, self.batch_tokens, device):
-                logits = self.model(batch.input_ids, cu_seqlens=batch.cu_seqlens).logits
-                best = F.softmax(logits, dim=-1).max(-1)
+                with autocast(device, self.dtype):
+                    logits = self.model(batch.input_ids, cu_seqlens=batch.cu_seqlens).logits
+                best = F.softmax(logits.float(), dim=-1).max(-1)
                 labels[batch.token_index] = best.indices.cpu().numpy()
                 scores[batch.token_index] = best.values.cpu().numpy()
         return (

@@ -136,6 +136,7 @@ def _command(name: str) -> str:
 def _build(config: TrainConfig) -> _Parts:
     """Reads the tokenizer, the data, and then the weights: mistakes are in the data."""
     device = find_device(config.device)
+    _products(config, device)  # a choice that cannot be had here is said first
     data = _find_data(config)
     source = find_model(config.model_name_or_path, config.model_revision, weights=False)
     folder, output_dir = source.folder.resolve(), Path(config.output_dir).resolve()
@@ -306,12 +307,13 @@ def _announce(config: TrainConfig, parts: _Parts, total_steps: int) -> None:
         config.seed,
         config.output_dir,
     )
-    if config.packing:
-        logger.info("matrix products: %s", _products(config, model))
+    logger.info("matrix products: %s", _products(config, model.device))
 
 
-def _products(config: TrainConfig, model: BertForNER) -> kernels.Products:
-    return kernels.choose_products(config.matmul, model.device, config.dtype)
+def _products(config: TrainConfig, device: torch.device) -> kernels.Products:
+    """How matrices are multiplied; padded rows keep to PyTorch's default."""
+    matmul = config.matmul if config.packing else "default"
+    return kernels.choose_products(matmul, device, config.dtype)
 
 
 def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, Any]:
@@ -348,7 +350,7 @@ def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, An
         },
         "device": f"{device.type}, {name}, {torch.get_num_threads()} threads",
         # Another choice, another sum of roundings: it is part of what the bits depend on.
-        "products": dataclasses.asdict(_products(config, parts.model)) if config.packing else None,
+        "products": dataclasses.asdict(_products(config, device)),
     }
 
 
@@ -384,6 +386,7 @@ def _final_evaluations(
                 config.per_device_eval_batch_size,
                 dtype=config.dtype,
                 packing=config.packing,
+                batch_tokens=config.eval_batch_tokens,
                 matmul=config.matmul,
                 on_batch=report.evaluating(len(parts.datasets[split])),
             )
@@ -422,7 +425,12 @@ def _labelling(folder: Path) -> dict[str, Any]:
 def run_evaluation(options: argparse.Namespace) -> None:
     """`bertner-eval`: scores of a model on a file."""
     source = find_model(options.model)
-    model = BertForNER.from_pretrained(source.folder).to(find_device(options.device))
+    device = find_device(options.device)
+    model = BertForNER.from_pretrained(source.folder).to(device)
+    model.stack_projections()  # the move may have parted them
+    kernels.keep_freed_memory()
+    products = kernels.choose_products(options.matmul, device, options.dtype)
+    logger.info("matrix products: %s", products)
     tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
     columns = _columns(options.text_column_name, options.label_column_name, options.label_names)
     labelling = _labelling(source.folder)
@@ -439,6 +447,8 @@ def run_evaluation(options: argparse.Namespace) -> None:
             dataset,
             options.batch_size,
             dtype=options.dtype,
+            batch_tokens=options.batch_tokens,
+            matmul=options.matmul,
             on_batch=bar.update,
         )
     print(format_scores(evaluation.word, "word level"))
@@ -454,10 +464,16 @@ def run_evaluation(options: argparse.Namespace) -> None:
 
 def run_prediction(options: argparse.Namespace) -> None:
     """`bertner-predict`: entities of the lines of files or stdin, in order, as JSON lines."""
+    device = find_device(options.device)
+    products = kernels.choose_products(options.matmul, device, options.dtype)
+    logger.info("matrix products: %s", products)
+    kernels.keep_freed_memory()
     tagger = Tagger.from_pretrained(
         options.model,
-        device=str(find_device(options.device)),
+        device=str(device),
         batch_tokens=options.batch_tokens,
+        dtype=options.dtype,
+        matmul=options.matmul,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # JSON is, whatever the locale

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from bertner.batches import collate, epoch_order, step_batches
+from bertner.batches import collate, epoch_order, pack, packed_by_length, step_batches
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.labels import IGNORE_INDEX
 from bertner.tokenizer import Tokenizer
@@ -33,6 +34,35 @@ def test_collate_pads_on_the_right(tokenizer: Tokenizer) -> None:
     ).all()
     assert batch.labels.dtype == batch.input_ids.dtype == torch.int64
     assert (batch.labels[batch.attention_mask == 0] == IGNORE_INDEX).all()
+
+
+def test_pack_leaves_nothing_out_and_puts_nothing_in(tokenizer: Tokenizer) -> None:
+    dataset = make_dataset(tokenizer)
+    batch = pack(dataset, [2, 1, 0], CPU)
+    assert batch.rows.tolist() == [0, 2, 1] or batch.rows.tolist() == [0, 1, 2]
+    lengths = dataset.row_lengths[batch.rows]
+    assert (np.diff(lengths) >= 0).all()
+    assert batch.cu_seqlens.tolist() == [0, *np.cumsum(lengths)]
+    places = [np.arange(dataset.row_starts[row], dataset.row_starts[row + 1]) for row in batch.rows]
+    assert batch.token_index.tolist() == np.concatenate(places).tolist()
+    assert batch.input_ids.tolist() == dataset.input_ids[batch.token_index].tolist()
+    assert batch.labels.tolist() == dataset.labels[batch.token_index].tolist()
+    assert batch.labels.dtype == batch.input_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 9, 12, 1000])
+def test_packed_batches_keep_to_their_budget(tokenizer: Tokenizer, batch_tokens: int) -> None:
+    dataset = make_dataset(tokenizer)
+    batches = list(packed_by_length(dataset, batch_tokens, CPU))
+    visited = np.concatenate([batch.rows for batch in batches])
+    assert sorted(visited) == [0, 1, 2]
+    assert sorted(np.concatenate([b.token_index for b in batches])) == list(
+        range(len(dataset.input_ids))
+    )
+    for batch in batches:
+        assert len(batch.input_ids) <= batch_tokens or len(batch.rows) == 1
+    longest = [int(dataset.row_lengths[batch.rows].max()) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
 
 
 def test_order_is_the_data_loaders() -> None:

@@ -232,6 +232,10 @@ def _values_of(item: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         return st.sampled_from([*METRICS, *(f"eval_{name}" for name in METRICS)])
     if item.name == "load_best_model_at_end":
         return st.just(False)
+    if item.name == "attn_implementation":
+        return st.just("sdpa")  # eager is for padded rows alone
+    if item.name == "matmul":
+        return st.sampled_from(["auto", "default"])  # onednn for packed ones
     if item.metadata["choices"]:
         return st.sampled_from(item.metadata["choices"])
     kind = str(item.type)
@@ -249,6 +253,15 @@ def _values_of(item: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
 train_values = st.fixed_dictionaries(
     {}, optional={item.name: _values_of(item) for item in dataclasses.fields(TrainConfig)}
 )
+
+
+def test_choices_that_belong_to_one_layout_of_rows() -> None:
+    with pytest.raises(UsageError, match="add --no-packing"):
+        TrainConfig(attn_implementation="eager")
+    with pytest.raises(UsageError, match="leave out --no-packing"):
+        TrainConfig(packing=False, matmul="onednn")
+    assert TrainConfig(attn_implementation="eager", packing=False).attn_implementation == "eager"
+    assert TrainConfig(matmul="onednn").matmul == "onednn"
 
 
 @settings(deadline=None)

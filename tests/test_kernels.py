@@ -87,14 +87,17 @@ def test_bfloat16_rounds_where_autocast_does(emulates: bool) -> None:
     for a, b in zip(*results, strict=True):
         # One unit in the last of bfloat16's eight places, where sums are rounded in another order.
         assert torch.allclose(a.float(), b.float(), rtol=2**-7, atol=2**-7 * b.abs().max().item())
-    exact = F.linear(x.bfloat16().double(), layer.weight.bfloat16().double())
-    exact = exact + layer.bias.bfloat16().double()
-    assert (results[0][0].double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    # Rounded factors, an exact sum, a rounded result: nearly every bit is decided by that.
+    x, weight = x.bfloat16().double(), layer.weight.bfloat16().double()
+    exact = F.linear(x, weight, layer.bias.bfloat16().double()).bfloat16()
+    assert (results[0][0] == exact).float().mean() > 0.97
+    unrounded = F.linear(leaf, layer.weight, layer.bias).bfloat16()
+    assert (results[0][0] == unrounded).float().mean() < 0.9
 
 
 def test_the_choice_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     choose = choose_products.__wrapped__
-    assert choose("default", CPU, "float32") == Products("default", False, "as asked")
+    assert choose("default", CPU, "bfloat16") == Products("default", False, "as asked")
     assert choose("auto", torch.device("meta"), "float32").library == "default"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert choose("auto", CPU, "float32").library == "default"
@@ -102,7 +105,7 @@ def test_the_choice_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     before = kernels._get_precision()
     times = {"default": 1.0, "onednn": 0.5}
-    monkeypatch.setattr(kernels, "_seconds", lambda *_: times[kernels._products.library])
+    monkeypatch.setattr(kernels, "_seconds", lambda *_: times[kernels._choices[-1].library])
     monkeypatch.setattr(kernels, "_error", lambda *_: 1e-7)
     assert choose("auto", CPU, "float32").library == "onednn"
     times["onednn"] = 0.95
@@ -117,11 +120,62 @@ def test_the_choice_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels._get_precision() == before, "the setting is put back"
 
 
+def test_the_setting_is_put_back_by_the_last_to_leave() -> None:
+    before = kernels._get_precision()
+    first, second = multiply_by(Products("onednn", False, "1")), multiply_by(Products())
+    first.__enter__()
+    second.__enter__()
+    assert kernels._get_precision() == "none"
+    first.__exit__(None, None, None)  # as another thread may, in any order
+    assert kernels._get_precision() == "none"
+    second.__exit__(None, None, None)
+    assert kernels._get_precision() == before
+
+    def fail() -> None:
+        with multiply_by(Products("onednn")):
+            assert kernels._get_precision() == "bf16"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert kernels._get_precision() == before
+    assert not kernels._choices
+
+
+def test_onednn_where_there_is_none() -> None:
+    with pytest.raises(UsageError, match="no oneDNN for meta"):
+        choose_products("onednn", torch.device("meta"), "float32")
+
+
+def test_buffers_of_shared_frozen_and_missing_weights() -> None:
+    layer, twin = nn.Linear(3, 3), nn.Linear(3, 3)
+    twin.weight = layer.weight
+    with kernels.gradient_buffers(nn.ModuleList([layer, twin])):
+        assert kernels.has_buffer(layer.weight)
+        with pytest.raises(RuntimeError, match="already"):
+            kernels.gradient_buffers(layer).__enter__()
+    assert not kernels.has_buffer(layer.weight)
+    layer.weight.requires_grad_(False)
+    with kernels.gradient_buffers(layer):  # only the bias is trained
+        assert not kernels.has_buffer(layer.weight)
+
+
 def test_exactness_is_measured() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, w = torch.randn(64, 64, generator=generator), torch.randn(64, 64, generator=generator)
+    x, w = torch.randn(24, 48, generator=generator), torch.randn(48, 48, generator=generator)
     assert kernels._error(x, w) < 1e-6
-    assert kernels._error(x.bfloat16(), w.bfloat16()) > 1e-4
+    x, w = x.bfloat16().float(), w.bfloat16().float()
+    assert kernels._error(x, w) < 1e-6
+    # What a library does that rounds the factors on the way.
+    with pytest.MonkeyPatch.context() as patch:
+        multiply = torch.Tensor.__matmul__
+        rough = lambda a, b: multiply(a.bfloat16(), b.bfloat16()).float()  # noqa: E731
+        patch.setattr(
+            torch.Tensor,
+            "__matmul__",
+            lambda a, b: multiply(a, b) if a.dtype == torch.float64 else rough(a, b),
+        )
+        assert kernels._error(x, w) > 1e-4
 
 
 def test_clipping_folded_into_the_optimizer_is_clipping() -> None:

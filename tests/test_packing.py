@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from bertner.packing import SCORES_PER_CALL, Packing, make_blocks, plan_blocks
+from bertner.packing import MOST_SCORES, SCORES_PER_CALL, Packing, make_blocks, plan_blocks
 
 CPU = torch.device("cpu")
 
@@ -67,11 +67,18 @@ def test_blocks_cover_the_rows_and_mask_the_others() -> None:
     assert (blocks[1].batch, blocks[1].length, blocks[1].mask) == (2, 200, None)
 
 
+def test_blocks_of_many_long_rows_are_bounded() -> None:
+    blocks = make_blocks([512] * 64, CPU)
+    assert {block.length for block in blocks} == {512}
+    assert sum(block.batch for block in blocks) == 64
+    assert max(block.batch * block.length**2 for block in blocks) <= MOST_SCORES
+
+
 def test_positions_begin_anew_in_each_row() -> None:
     packing = Packing(torch.tensor([0, 2, 5, 6]), training=False)
     assert packing.position_ids.tolist() == [0, 1, 0, 1, 2, 0]
     assert packing.max_length == 3
-    assert packing.masks is None
+    assert packing.dropout_masks is None
 
 
 @pytest.mark.parametrize("cu_seqlens", [[0], [1, 3], [0, 2, 2], [0, 4, 3]])

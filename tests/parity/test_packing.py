@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bertner import kernels
+from bertner.attention import attention_packed
 from bertner.batches import collate, pack
 from bertner.config import BertConfig, TrainConfig
 from bertner.data import labels_for, tokenize
@@ -19,6 +20,7 @@ from bertner.hub import find_model
 from bertner.labels import IGNORE_INDEX
 from bertner.loop import train
 from bertner.model import BertForNER, BertSelfAttention, token_loss
+from bertner.packing import make_blocks
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
 from tests.conftest import MINILM, SHARED_DATA, needs_conll, needs_minilm
@@ -155,6 +157,97 @@ def test_buffers_add_up_within_a_step_and_forget_the_last() -> None:
     assert not any(kernels.has_buffer(parameter) for parameter in model.parameters())
 
 
+def test_a_padded_micro_batch_before_a_packed_one() -> None:
+    """Autograd has put gradients of its own there first: they count too."""
+    reference = small_model(9).train()
+    model = copy.deepcopy(reference)
+    with kernels.gradient_buffers(model):
+        for step in range(2):
+            model.zero_grad()
+            reference.zero_grad()
+            first, second = rows_of([4, 9], seed=step), rows_of([5, 5, 6], seed=step + 5)
+            for rows in (first, second):
+                reference(**padded(rows)).loss.backward()
+            model(**padded(first)).loss.backward()
+            model(**packed(second)).loss.backward()
+            assert_same_gradients(model, reference)
+
+
+@pytest.mark.parametrize("act", ["prelu", "gelu_new", "relu"])
+def test_other_activations(act: str) -> None:
+    reference = small_model(10, hidden_act=act).train()
+    model = copy.deepcopy(reference)
+    rows = rows_of([3, 8, 8, 20], seed=2)
+    with kernels.gradient_buffers(model):
+        reference(**padded(rows)).loss.backward()
+        model(**packed(rows)).loss.backward()
+        assert_same_gradients(model, reference)
+
+
+def test_a_model_in_training_is_copied_and_saved(tmp_path: Path) -> None:
+    model = small_model(11).train()
+    model.stack_projections()
+    rows = rows_of([6, 9], seed=1)
+    with kernels.gradient_buffers(model):
+        model(**packed(rows)).loss.backward()
+        twin = copy.deepcopy(model)
+        model.save_pretrained(tmp_path)
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+    loaded = BertForNER.from_pretrained(tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert torch.equal(state[name], tensor), name
+        assert torch.equal(twin.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [3, 4, 6], [3, 3, 40, 40]])
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_gradients_of_attention_with_dropout(lengths: list[int], p: float) -> None:
+    """The backward that is written out, against autograd's, with the same units dropped."""
+    torch.manual_seed(3)
+    heads, size, total = 3, 4, sum(lengths)
+    blocks = make_blocks(lengths, torch.device("cpu"))
+    shapes = [(b.batch * heads, b.length, b.length) for b in blocks]
+    drawn = [(torch.rand(shape) >= p).double() * (1.7 if p < 1 else 0.0) for shape in shapes]
+    draws = iter(drawn)
+    qkv = torch.randn(total, 3 * heads * size, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(total, heads * size, dtype=torch.float64)
+    ours = attention_packed(qkv, heads, blocks, lambda shape: next(draws))
+    (ours_grad,) = torch.autograd.grad(ours, qkv, grad)
+
+    expected = []
+    for block, keep in zip(blocks, drawn, strict=True):
+        part = qkv[block.start : block.stop]
+        q, k, v = part.view(block.batch, block.length, 3, heads, size).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / size**0.5
+        if block.mask is not None:
+            scores = scores + block.mask
+        weights = scores.softmax(-1) * keep.view(block.batch, heads, block.length, block.length)
+        expected.append((weights @ v).transpose(1, 2).reshape(-1, heads * size))
+    theirs = torch.cat(expected)
+    (theirs_grad,) = torch.autograd.grad(theirs, qkv, grad)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    assert torch.allclose(ours_grad, theirs_grad, atol=1e-12)
+
+
+@pytest.mark.parametrize(("hidden", "attention"), [(0.4, 0.0), (0.0, 0.4)])
+def test_dropout_of_one_kind_only(hidden: float, attention: float) -> None:
+    model = small_model(12).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = hidden
+        elif isinstance(module, BertSelfAttention):
+            module.dropout_prob = attention
+    batch = packed(rows_of([6, 9, 9], seed=1))
+    torch.manual_seed(1)
+    first = model(**batch).logits
+    second = model(**batch).logits
+    torch.manual_seed(1)
+    assert torch.equal(model(**batch).logits, first)
+    assert not torch.equal(first, second)
+
+
 def test_padding_rows_of_the_embedding_get_no_gradient() -> None:
     reference = small_model(6, pad_token_id=3).train()
     model = copy.deepcopy(reference)
@@ -197,7 +290,7 @@ def test_rows_do_not_see_each_other() -> None:
 
 @needs_conll
 @needs_minilm
-def test_50_steps_on_conll2003(tmp_path: Path) -> None:
+def test_50_steps_on_conll2003() -> None:
     """MiniLM without dropout: each step's loss, and every gradient at the end."""
     data = SHARED_DATA / "conll2003"
     corpus = read_file(data / "train.txt").head(400)
@@ -223,7 +316,7 @@ def test_50_steps_on_conll2003(tmp_path: Path) -> None:
 
 @needs_conll
 @needs_minilm
-def test_gradients_of_a_real_batch(tmp_path: Path) -> None:
+def test_gradients_of_a_real_batch() -> None:
     """MiniLM's every gradient, packed and padded, in the batch with CoNLL-2003's longest row."""
     corpus = read_file(SHARED_DATA / "conll2003" / "train.txt").head(1000)
     label_set = labels_for(corpus)

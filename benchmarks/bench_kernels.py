@@ -1,0 +1,161 @@
+"""What each primitive of `bertner.kernels` gains over PyTorch's default, interleaved.
+
+    python -m benchmarks.bench_kernels
+
+At the sizes of a step: 160 packed tokens, bert-base's layers and embeddings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import interleave, ratios, spread
+from benchmarks.machine import write_result
+from bertner import kernels
+from bertner.attention import attention_packed
+from bertner.kernels import KeepMasks
+from bertner.packing import make_blocks
+
+CPU = torch.device("cpu")
+TOKENS, HIDDEN = 160, 768
+REPEATS = 20
+
+
+def milliseconds(run: Callable[[], object]) -> Callable[[], float]:
+    """A function that times some calls of another: ms a call."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            run()
+        return 1e3 * (time.perf_counter() - start) / REPEATS
+
+    return timed
+
+
+def forward_backward(
+    layers: Sequence[nn.Module], forward: Callable[[], Tensor], grad: Tensor
+) -> Callable[[], None]:
+    """A step of some layers, from gradients of None."""
+
+    def run() -> None:
+        for layer in layers:
+            layer.zero_grad()
+        forward().backward(grad)  # type: ignore[no-untyped-call]
+
+    return run
+
+
+def with_buffers(layers: nn.Module, run: Callable[[], None]) -> Callable[[], None]:
+    """The same with buffers for the gradients, which stay from call to call."""
+    kernels.gradient_buffers(layers).__enter__()
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    kernels.keep_freed_memory()
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    masks = KeepMasks(CPU)
+    grad, wide = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, 4 * HIDDEN)
+
+    # More weights than a cache holds, as in training.
+    plain = nn.ModuleList(nn.Linear(HIDDEN, 4 * HIDDEN) for _ in range(6))
+    hot = copy.deepcopy(plain)
+    projections = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+    stacked = copy.deepcopy(projections)
+    kernels.stack([stacked[0], stacked[1], stacked[2]])
+    table = nn.Embedding(28996, HIDDEN)
+    hot_table = copy.deepcopy(table)
+    ids = torch.randint(0, 28996, (TOKENS,))
+    gradients = [torch.randn(4 * HIDDEN, HIDDEN) for _ in range(24)]
+    lengths = [8, 10, 12, 15, 18, 22, 30, 45]
+    qkv = torch.randn(TOKENS, 3 * HIDDEN, requires_grad=True)
+    blocks, mask = make_blocks(lengths, CPU), torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+    start = 0
+    for length in lengths:
+        mask[start : start + length, start : start + length] = True
+        start += length
+
+    def sdpa() -> Tensor:
+        query, key, value = (
+            part.view(1, TOKENS, 12, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
+        )
+        context = F.scaled_dot_product_attention(query, key, value, mask, 0.1)
+        return context.transpose(1, 2).reshape(TOKENS, HIDDEN)
+
+    def all_of(layers: nn.ModuleList, apply: Callable[[nn.Module], Tensor]) -> Tensor:
+        return sum((apply(layer) for layer in layers), torch.zeros(()))
+
+    cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "dropout of hidden states: masks in bulk": (
+            lambda: F.dropout(x, 0.1),
+            lambda: x * masks.draw(x.shape, 0.1),
+        ),
+        "linear layer: gradient in a lasting buffer": (
+            forward_backward(plain, lambda: all_of(plain, lambda f: f(x)), wide),
+            with_buffers(
+                hot,
+                forward_backward(hot, lambda: all_of(hot, lambda f: kernels.linear(x, f)), wide),  # type: ignore[arg-type]
+            ),
+        ),
+        "query, key and value in one product": (
+            forward_backward(
+                projections, lambda: torch.cat([f(x) for f in projections], -1), wide[:, :2304]
+            ),
+            with_buffers(
+                stacked,
+                forward_backward(stacked, lambda: kernels.linear(x, *stacked), wide[:, :2304]),  # type: ignore[arg-type]
+            ),
+        ),
+        "word embeddings: gradient of the batch's rows": (
+            forward_backward([table], lambda: table(ids), grad),
+            with_buffers(
+                hot_table,
+                forward_backward([hot_table], lambda: kernels.embedding(ids, hot_table), grad),
+            ),
+        ),
+        "squares of gradients: a product of vectors": (
+            lambda: torch._foreach_norm(gradients),
+            lambda: [kernels._square(each) for each in gradients],
+        ),
+        "attention with dropout: in blocks": (
+            lambda: sdpa().backward(grad),  # type: ignore[no-untyped-call]
+            lambda: attention_packed(  # type: ignore[no-untyped-call]
+                qkv, 12, blocks, lambda shape: masks.draw(shape, 0.1)
+            ).backward(grad),
+        ),
+    }
+    result = {}
+    print(f"{'':48s} default ms  bertner ms   times as fast (spread)")
+    for name, (default, ours) in cases.items():
+        default(), ours()
+        sides = {"default": milliseconds(default), "bertner": milliseconds(ours)}
+        found = interleave(sides, options.rounds, show=False)
+        gain = ratios(found["default"], found["bertner"])
+        result[name] = {**found, "times_as_fast": gain}
+        print(
+            f"{name:48s} {spread(found['default'])['median']:10.3f} "
+            f"{spread(found['bertner'])['median']:11.3f}   {gain['median']:6.2f} "
+            f"({gain['min']:.2f}-{gain['max']:.2f})",
+            flush=True,
+        )
+    for dtype in ("float32", "bfloat16"):
+        print(f"{dtype}: {kernels.choose_products('auto', CPU, dtype)}")
+    print(write_result("kernels", result))
+
+
+if __name__ == "__main__":
+    main()
