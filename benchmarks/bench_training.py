@@ -3,7 +3,8 @@
     python -m benchmarks.bench_training --data DATA --model minilm --model bert-base
 
 Each round trains the same first steps of CoNLL-2003, in the Trainer's order, with each side in
-turn; the first few of each are warm-up and are not counted. Peak memory is that of a process of its
+turn; the first few of each are warm-up and are not counted. "floor" is the matrix products on real
+tokens and AdamW alone: what they take on this machine bounds every implementation. Peak memory is that of a process of its
 own.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.common import Parts, StepClock, arguments, interleave, load, make_trainer, ratios
 from benchmarks.common import spread as spread_of
@@ -29,6 +31,7 @@ from bertner.config import TrainConfig
 from bertner.loop import train
 
 WARM_UP = 4
+FLOOR = "floor"
 
 # Settings of bertner's sides; the Trainer has its defaults.
 SIDES: dict[str, dict[str, Any]] = {
@@ -66,6 +69,39 @@ def bertner_seconds(parts: Parts, settings: dict[str, Any], steps: int) -> float
     clock = Clock()
     train(model, parts.train, config, watcher=clock)
     return sum(clock.seconds[WARM_UP:])
+
+
+def floor_seconds(parts: Parts, steps: int) -> float:
+    """Seconds of what no implementation can leave out, and nothing else.
+
+    The matrix products of the layers on the steps' real tokens (forward, and both of backward into
+    buffers that stay) and the sweep of fused AdamW over all weights, by the libraries of this
+    machine.
+    """
+    config = parts.model.config
+    hidden, wide = config.hidden_size, config.intermediate_size
+    shapes = [(3 * hidden, hidden), (hidden, hidden), (wide, hidden), (hidden, wide)]
+    weights = [torch.randn(shape) for _ in range(config.num_hidden_layers) for shape in shapes]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    model = copy.deepcopy(parts.model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    order = epoch_order(len(parts.train), 42, 0)
+    seconds = 0.0
+    for step in range(WARM_UP + steps):
+        tokens = int(parts.train.row_lengths[order[8 * step : 8 * step + 8]].sum())
+        states = {size: torch.randn(tokens, size) for size in {3 * hidden, hidden, wide}}
+        start = time.perf_counter()
+        for weight in weights:
+            states[weight.shape[1]] @ weight.t()
+        for weight, gradient in zip(weights, gradients, strict=True):
+            grad, x = states[weight.shape[0]], states[weight.shape[1]]
+            torch.mm(grad.t(), x, out=gradient)
+            torch.mm(grad, weight)
+        optimizer.step()
+        seconds += time.perf_counter() - start if step >= WARM_UP else 0.0
+    return seconds
 
 
 def trainer_seconds(parts: Parts, folder: Path, steps: int) -> float:
@@ -112,6 +148,7 @@ def measure(name: str, data: Path, rounds: int, steps: int) -> dict[str, Any]:
         sides = {"Trainer": lambda: trainer_seconds(parts, Path(folder), steps)}
         for side, settings in SIDES.items():
             sides[side] = lambda settings=settings: bertner_seconds(parts, settings, steps)
+        sides[FLOOR] = lambda: floor_seconds(parts, steps)
         seconds = interleave(sides, rounds)
     result: dict[str, Any] = {
         "steps": steps,
@@ -123,7 +160,7 @@ def measure(name: str, data: Path, rounds: int, steps: int) -> dict[str, Any]:
     print(f"{'':18s}   steps/s (spread)    tokens/s   x Trainer (spread)   peak MB")
     for side, values in seconds.items():
         rate, ratio = spread_of([steps / s for s in values]), ratios(seconds["Trainer"], values)
-        peak = peak_of(side, name, data)
+        peak = 0.0 if side == FLOOR else peak_of(side, name, data)
         result["sides"][side] = {
             "seconds": values,
             "steps_per_second": rate,
