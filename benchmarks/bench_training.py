@@ -4,8 +4,8 @@
 
 Each round trains the same first steps of CoNLL-2003, in the Trainer's order, with each side in
 turn; the first few of each are warm-up and are not counted. "floor" is the matrix products on real
-tokens and AdamW alone: what they take on this machine bounds every implementation. Peak memory is that of a process of its
-own.
+tokens and AdamW alone: what they take on this machine bounds every implementation. Peak memory is
+that of a process of its own.
 """
 
 from __future__ import annotations

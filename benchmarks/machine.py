@@ -23,7 +23,9 @@ def provenance() -> dict[str, Any]:
     root = Path(__file__).parent
     git = ["git", "-C", str(root)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    dirty = subprocess.run(
+        [*git, "status", "--porcelain", "--", ":/", ":!results"], capture_output=True, text=True
+    )
     return {
         "commit": commit.stdout.strip() + ("-dirty" if dirty.stdout.strip() else ""),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
