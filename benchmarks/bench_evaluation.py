@@ -21,8 +21,9 @@ import torch
 from seqeval.metrics import f1_score
 from transformers import AutoTokenizer, EvalPrediction, pipeline
 
-from benchmarks.common import Parts, arguments, interleave, load, make_trainer, ratios, spread
+from benchmarks.common import Parts, arguments, interleave, load, ratios, spread
 from benchmarks.machine import write_result
+from benchmarks.trainer_side import make_trainer
 from bertner.batches import collate
 from bertner.labels import IGNORE_INDEX
 from bertner.loop import evaluate

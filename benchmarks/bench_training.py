@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import Parts, StepClock, arguments, interleave, load, make_trainer, ratios
+from benchmarks.common import Parts, arguments, interleave, load, ratios
 from benchmarks.common import spread as spread_of
 from benchmarks.machine import write_result
 from bertner.batches import epoch_order
@@ -106,6 +106,9 @@ def floor_seconds(parts: Parts, steps: int) -> float:
 
 def trainer_seconds(parts: Parts, folder: Path, steps: int) -> float:
     """The same of the Trainer."""
+    # Here, so that a process that measures bertner's memory does not hold it.
+    from benchmarks.trainer_side import StepClock, make_trainer
+
     clock = StepClock()
     make_trainer(folder, parts, clock, max_steps=WARM_UP + steps, logging_steps=500).train()
     return sum(clock.seconds[WARM_UP:])

