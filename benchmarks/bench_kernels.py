@@ -11,6 +11,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -53,18 +54,18 @@ def forward_backward(
     return run
 
 
-def with_buffers(layers: nn.Module, run: Callable[[], None]) -> Callable[[], None]:
-    """The same with buffers for the gradients, which stay from call to call."""
-    kernels.gradient_buffers(layers).__enter__()
-    return run
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    with ExitStack() as stack:
+        measure(options.rounds, stack)
+
+
+def measure(rounds: int, stack: ExitStack) -> None:
+    """Times every case; buffers for gradients stay until `stack` is closed."""
     torch.manual_seed(0)
     kernels.keep_freed_memory()
     x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
@@ -79,6 +80,8 @@ def main() -> None:
     kernels.stack([stacked[0], stacked[1], stacked[2]])
     table = nn.Embedding(28996, HIDDEN)
     hot_table = copy.deepcopy(table)
+    for layers in (hot, stacked, hot_table):
+        stack.enter_context(kernels.gradient_buffers(layers))
     ids = torch.randint(0, 28996, (TOKENS,))
     gradients = [torch.randn(4 * HIDDEN, HIDDEN) for _ in range(24)]
     lengths = [8, 10, 12, 15, 18, 22, 30, 45]
@@ -106,26 +109,17 @@ def main() -> None:
         ),
         "linear layer: gradient in a lasting buffer": (
             forward_backward(plain, lambda: all_of(plain, lambda f: f(x)), wide),
-            with_buffers(
-                hot,
-                forward_backward(hot, lambda: all_of(hot, lambda f: kernels.linear(x, f)), wide),  # type: ignore[arg-type]
-            ),
+            forward_backward(hot, lambda: all_of(hot, lambda f: kernels.linear(x, f)), wide),
         ),
         "query, key and value in one product": (
             forward_backward(
                 projections, lambda: torch.cat([f(x) for f in projections], -1), wide[:, :2304]
             ),
-            with_buffers(
-                stacked,
-                forward_backward(stacked, lambda: kernels.linear(x, *stacked), wide[:, :2304]),  # type: ignore[arg-type]
-            ),
+            forward_backward(stacked, lambda: kernels.linear(x, *stacked), wide[:, :2304]),
         ),
         "word embeddings: gradient of the batch's rows": (
             forward_backward([table], lambda: table(ids), grad),
-            with_buffers(
-                hot_table,
-                forward_backward([hot_table], lambda: kernels.embedding(ids, hot_table), grad),
-            ),
+            forward_backward([hot_table], lambda: kernels.embedding(ids, hot_table), grad),
         ),
         "squares of gradients: a product of vectors": (
             lambda: torch._foreach_norm(gradients),
@@ -143,7 +137,7 @@ def main() -> None:
     for name, (default, ours) in cases.items():
         default(), ours()
         sides = {"default": milliseconds(default), "bertner": milliseconds(ours)}
-        found = interleave(sides, options.rounds, show=False)
+        found = interleave(sides, rounds, show=False)
         gain = ratios(found["default"], found["bertner"])
         result[name] = {**found, "times_as_fast": gain}
         print(

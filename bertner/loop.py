@@ -427,6 +427,8 @@ def evaluate(
 ) -> Evaluation:
     """Scores a model; what is kept of each batch is one label and one loss a token.
 
+    With packed rows the C library keeps freed memory from then on, as with `train`.
+
     Args:
         model: Its mode (training or evaluation) is left as it was.
         dataset: Labelled rows.
@@ -439,6 +441,8 @@ def evaluate(
         on_batch: Is told the number of rows of each batch done.
     """
     start = time.perf_counter()
+    if packing:
+        kernels.keep_freed_memory()
     device, was_training = model.device, model.training
     model.eval()
     predicted = np.zeros(len(dataset.input_ids), dtype=np.int16)

@@ -428,7 +428,6 @@ def run_evaluation(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     model = BertForNER.from_pretrained(source.folder).to(device)
     model.stack_projections()  # the move may have parted them
-    kernels.keep_freed_memory()
     products = kernels.choose_products(options.matmul, device, options.dtype)
     logger.info("matrix products: %s", products)
     tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
