@@ -208,8 +208,7 @@ def _seconds(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
 def stack(layers: Sequence[nn.Linear]) -> None:
     """Moves the weights of layers that share their input one above the other in memory.
 
-    They keep their names and values, and `linear` computes all of them in one product, which is
-    faster than several small ones.
+    They keep their names and values, and `linear` computes all of them in one product.
     """
     for tensors in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
         if _joined(tensors) is None:
@@ -297,8 +296,8 @@ class _Rounding:
 class _Linear(torch.autograd.Function):
     """Linear layers whose weight gradients go straight into buffers that stay.
 
-    A product that allocates its result pays for it in page faults, one for each 4 KB of the weight,
-    which takes as long as the product itself where that is fast.
+    A product that allocates its result pays for it in page faults, one for each 4 KB, unless the C
+    library had such a piece at hand; and what stays is there for the optimizer and the norm.
     """
 
     @staticmethod
