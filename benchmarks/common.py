@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,13 @@ def load(name: str, data: Path, max_sentences: int | None = None) -> Parts:
         corpora = [corpus.head(max_sentences) for corpus in corpora]
     train, validation = (tokenize(corpus, tokenizer, label_set) for corpus in corpora)
     return Parts(model, tokenizer, train, validation)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def interleave(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,8 @@ def read(path: Path) -> Dataset:
     return Dataset.from_dict(records)
 
 
-def main() -> None:
-    model_folder, train_file, validation_file, output_dir = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+def aligner(tokenizer: Any) -> Callable[[dict[str, Any]], Any]:
+    """The course's function for `Dataset.map`: wordpieces, and a label for each."""
 
     def align(examples: dict[str, Any]) -> Any:
         inputs = tokenizer(examples["tokens"], truncation=True, is_split_into_words=True)
@@ -58,6 +58,14 @@ def main() -> None:
             inputs["labels"].append(labels)
         return inputs
 
+    return align
+
+
+def main() -> None:
+    model_folder, train_file, validation_file, output_dir = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+
+    align = aligner(tokenizer)
     splits = [
         read(Path(path)).map(align, batched=True, remove_columns=["tokens", "ner_tags"])
         for path in (train_file, validation_file)

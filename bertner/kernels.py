@@ -90,20 +90,21 @@ def multiply_by(products: Products) -> Iterator[None]:
         if not _choices:
             _setting_before = _get_precision()
         _choices.append(products)
-        _set_precision("bf16" if products.library == "onednn" else "none")
+        _set_precision(_precision_of(products))
     try:
         yield
     finally:
         with _choices_lock:
             _choices.remove(products)
-            if not _choices:
-                _set_precision(_setting_before)
-            else:
-                _set_precision("bf16" if _choices[-1].library == "onednn" else "none")
+            _set_precision(_precision_of(_choices[-1]) if _choices else _setting_before)
 
 
 # Allowing oneDNN to compute float32 products by way of bfloat16 sends them to oneDNN at all, which
 # computes them exactly unless the processor has tiles for bfloat16 (AMX): hence the check below.
+def _precision_of(products: Products) -> str:
+    return "bf16" if products.library == "onednn" else "none"
+
+
 def _get_precision() -> str:
     return str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
 
