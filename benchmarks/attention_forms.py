@@ -3,32 +3,42 @@
     python -m benchmarks.attention_forms
 
 Forward and backward of one layer of bert-base's heads with dropout, for batches of more and longer
-rows, with three plans: rows of unlike length by themselves, all rows under one mask, and
-`packing.plan_blocks` between the two. Prints also what a block costs and what a score costs, whose
-ratio is `packing.SCORES_PER_CALL`.
+rows: PyTorch's `scaled_dot_product_attention` with one mask over the whole batch, and the blocks of
+`packing.plan_blocks` as they are, with rows of unlike length by themselves, and with all rows in
+one block. Prints also what a block costs and what a score costs, whose ratio is
+`packing.SCORES_PER_CALL`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from benchmarks.machine import write_result
 from bertner import packing
 from bertner.attention import attention_packed
-from bertner.kernels import KeepMasks
+from bertner.kernels import KeepMasks, keep_freed_memory
+from bertner.packing import Packing
 
-CPU = torch.device("cpu")
-PLANS = {"row by row": 1, "planned": packing.SCORES_PER_CALL, "one mask": 10**12}
-MOST_SCORES = 3_000_000  # beyond this one mask is only a waste of time and memory
+# Constants of `packing` under which each form of the plan is the cheapest.
+PLANS: dict[str, dict[str, int]] = {
+    "planned": {"SCORES_PER_CALL": packing.SCORES_PER_CALL},
+    "by length": {"SCORES_PER_CALL": 1},
+    "one block": {"SCORES_PER_CALL": 10**12, "MOST_SCORES": 10**12},
+}
+MASK = "one mask"
+MOST_SCORES = 5_000_000  # beyond this one mask or one block is only a waste of time and memory
 
 
 def timed(run: Callable[[], None]) -> float:
@@ -38,20 +48,39 @@ def timed(run: Callable[[], None]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def layer(blocks: list[packing.Block], qkv: torch.Tensor, heads: int, masks: KeepMasks) -> None:
+def planned(batch: Packing, qkv: torch.Tensor, heads: int, masks: KeepMasks) -> None:
     """Attention of one layer, forward and backward."""
     qkv.grad = None
-    context = attention_packed(qkv, heads, blocks, partial(masks.draw, p=0.1))
+    context = attention_packed(qkv, batch.places(heads), partial(masks.draw, p=0.1))
     context.backward(torch.ones_like(context))  # type: ignore[no-untyped-call]
 
 
-def blocks_of(lengths: list[int], scores_per_call: int) -> list[packing.Block]:
-    """The blocks of a plan that takes a call to be worth so many scores."""
-    before, packing.SCORES_PER_CALL = packing.SCORES_PER_CALL, scores_per_call
-    try:
-        return packing.make_blocks(lengths, CPU)
-    finally:
-        packing.SCORES_PER_CALL = before
+def with_mask(mask: torch.Tensor, qkv: torch.Tensor, heads: int) -> None:
+    """The same by PyTorch's own function, under one mask."""
+    qkv.grad = None
+    q, k, v = (part.view(1, len(qkv), heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    context = F.scaled_dot_product_attention(q, k, v, mask, 0.1)
+    context.backward(torch.ones_like(context))  # type: ignore[no-untyped-call]
+
+
+def forms_of(
+    lengths: list[int], qkv: torch.Tensor, heads: int, masks: KeepMasks
+) -> tuple[dict[str, Callable[[], None]], dict[str, Packing]]:
+    """What to time, and the batches of the plans among it."""
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+    forms: dict[str, Callable[[], None]] = {}
+    batches = {}
+    for name, constants in PLANS.items():
+        with mock.patch.multiple(packing, **constants):
+            batch = Packing(cu_seqlens, training=True)
+        if max(block.num_rows * block.length**2 for block in batch.blocks) <= MOST_SCORES:
+            batches[name] = batch
+            batch.places(heads)  # once a step, not once a layer
+            forms[name] = partial(planned, batch, qkv, heads, masks)
+    if sum(lengths) ** 2 <= MOST_SCORES:
+        row = torch.repeat_interleave(torch.tensor(lengths))
+        forms[MASK] = partial(with_mask, row[:, None] == row, qkv, heads)
+    return forms, batches
 
 
 def main() -> None:
@@ -63,32 +92,34 @@ def main() -> None:
     parser.add_argument("--head_size", type=int, default=64)
     options = parser.parse_args()
     rng = random.Random(0)
-    masks = KeepMasks(CPU)
+    masks = KeepMasks(torch.device("cpu"))
+    keep_freed_memory()  # as training does
     shapes = [(8, 8), (8, 20), (8, 50), (8, 120), (8, 400), (32, 20), (64, 20), (64, 100)]
     results: list[dict[str, Any]] = []
     costs: list[tuple[float, float, float]] = []
-    print(f"{'rows':>4s} {'length':>6s} {'tokens':>6s}  " + "".join(f"{p:>22s}" for p in PLANS))
+    names = [*PLANS, MASK]
+    print(f"{'rows':>4s} {'length':>6s} {'tokens':>6s}  " + "".join(f"{n:>22s}" for n in names))
     for rows, mean in shapes:
         lengths = sorted(rng.randint(mean // 2, mean * 3 // 2) for _ in range(rows))
         qkv = torch.randn(sum(lengths), 3 * options.heads * options.head_size, requires_grad=True)
-        plans = {name: blocks_of(lengths, scores) for name, scores in PLANS.items()}
-        if sum(lengths) ** 2 > MOST_SCORES:
-            del plans["one mask"]
-        found: dict[str, list[float]] = {name: [] for name in plans}
+        forms, batches = forms_of(lengths, qkv, options.heads, masks)
+        found: dict[str, list[float]] = {name: [] for name in forms}
         for number in range(options.rounds + 1):
-            for name, blocks in plans.items():
-                ms = timed(partial(layer, blocks, qkv, options.heads, masks))
+            for name, run in forms.items():
+                ms = timed(run)
                 if number:
                     found[name].append(ms)
         cells = []
-        for name in PLANS:
-            if name not in plans:
+        for name in names:
+            if name not in forms:
                 cells.append(f"{'-':>22s}")
                 continue
-            scores = sum(block.batch * block.length**2 for block in plans[name])
             median = statistics.median(found[name])
-            costs.append((len(plans[name]), scores, median))
-            cells.append(f"{median:8.2f} ms, {len(plans[name]):2d} blocks")
+            blocks = batches[name].blocks if name in batches else []
+            if blocks:
+                scores = sum(block.num_rows * block.length**2 for block in blocks)
+                costs.append((len(blocks), scores, median))
+            cells.append(f"{median:8.2f} ms, {len(blocks) or 1:2d} blocks")
         print(f"{rows:4d} {mean:6d} {sum(lengths):6d}  " + "".join(cells), flush=True)
         results.append({"lengths": lengths, "ms": found})
     # Least squares of relative errors, over all plans: ms = call * blocks + score * scores.

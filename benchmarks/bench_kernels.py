@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from benchmarks.machine import write_result
 from bertner import kernels
 from bertner.attention import attention_packed
 from bertner.kernels import KeepMasks
-from bertner.packing import make_blocks
+from bertner.packing import Packing
 
 CPU = torch.device("cpu")
 TOKENS, HIDDEN = 160, 768
@@ -86,11 +87,9 @@ def measure(rounds: int, stack: ExitStack) -> None:
     gradients = [torch.randn(4 * HIDDEN, HIDDEN) for _ in range(24)]
     lengths = [8, 10, 12, 15, 18, 22, 30, 45]
     qkv = torch.randn(TOKENS, 3 * HIDDEN, requires_grad=True)
-    blocks, mask = make_blocks(lengths, CPU), torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
-    start = 0
-    for length in lengths:
-        mask[start : start + length, start : start + length] = True
-        start += length
+    packing = Packing(torch.tensor([0, *itertools.accumulate(lengths)]), training=True)
+    row = torch.repeat_interleave(torch.tensor(lengths))
+    mask = row[:, None] == row
 
     def sdpa() -> Tensor:
         query, key, value = (
@@ -128,7 +127,7 @@ def measure(rounds: int, stack: ExitStack) -> None:
         "attention with dropout: in blocks": (
             lambda: sdpa().backward(grad),  # type: ignore[no-untyped-call]
             lambda: attention_packed(  # type: ignore[no-untyped-call]
-                qkv, 12, blocks, lambda shape: masks.draw(shape, 0.1)
+                qkv, packing.places(12), lambda shape: masks.draw(shape, 0.1)
             ).backward(grad),
         ),
     }

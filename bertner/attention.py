@@ -6,14 +6,15 @@ N heads, H head size, C labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertner.packing import Block
+from bertner.packing import Block, HeadPlaces
 
 # (query, key, value, mask, dropout probability) -> context; see attention_eager for shapes.
 Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
@@ -76,17 +77,13 @@ ATTENTION: dict[str, Attention] = {"eager": attention_eager, "sdpa": attention_s
 
 
 def attention_packed(
-    qkv: Tensor,
-    num_heads: int,
-    blocks: Sequence[Block],
-    draw_keep: Callable[[tuple[int, ...]], Tensor] | None,
+    qkv: Tensor, places: HeadPlaces, draw_keep: Callable[[tuple[int, ...]], Tensor] | None
 ) -> Tensor:
     """Attention within the rows of a packed batch.
 
     Args:
         qkv: (P, 3 * D) query, key and value, one beside the other.
-        num_heads: N.
-        blocks: See `packing.plan_blocks`.
+        places: Of this batch and the model's number of heads; see `packing.Packing.places`.
         draw_keep: Draws what attention weights of a shape are multiplied by: 0 where one is
             dropped, 1 / (1 - p) elsewhere. None to drop nothing.
 
@@ -97,89 +94,113 @@ def attention_packed(
     with torch.autocast(qkv.device.type, enabled=False):
         wide = qkv if qkv.dtype == torch.float64 else qkv.float()
         if draw_keep is None and not (torch.is_grad_enabled() and qkv.requires_grad):
-            return _attend(wide, num_heads, blocks).to(qkv.dtype)
-        keeps = None
-        if draw_keep is not None:
-            keeps = [draw_keep((b.batch * num_heads, b.length, b.length)) for b in blocks]
-        context: Tensor = _PackedAttention.apply(wide, num_heads, blocks, keeps)  # type: ignore[no-untyped-call]
+            return _attend(wide, places).to(qkv.dtype)
+        keep = None if draw_keep is None else draw_keep((places.num_scores,))
+        context: Tensor = _PackedAttention.apply(wide, places, keep)  # type: ignore[no-untyped-call]
         return context.to(qkv.dtype)
 
 
-def _attend(qkv: Tensor, num_heads: int, blocks: Sequence[Block]) -> Tensor:
-    """Without dropout or gradients: PyTorch's flash kernel, which keeps no scores."""
-    context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-    for block in blocks:
-        query, key, value = (
-            part.view(block.batch, block.length, num_heads, -1).transpose(1, 2)
-            for part in qkv[block.start : block.stop].chunk(3, dim=-1)
-        )
-        mask = None if block.mask is None else block.mask.to(qkv.dtype)
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        into = context[block.start : block.stop]
-        into.view(block.batch, block.length, num_heads, -1).copy_(found.transpose(1, 2))
-    return context
+# Without dropout or gradients PyTorch's flash kernel, which keeps no scores, is the faster one for
+# rows longer than this; with the shorter ones of most text the products are, by a fifth to a third.
+LONGEST_WITH_SCORES = 64
+
+
+def _attend(qkv: Tensor, places: HeadPlaces) -> Tensor:
+    """Without dropout or gradients."""
+    by_head = _by_head(qkv, places)
+    context = torch.empty_like(by_head[0])
+    for block, mask in zip(places.blocks, places.masks, strict=True):
+        query, key, value = _of(block, by_head, places)  # (num_rows * N, length, H) each
+        (into,) = _of(block, context[None], places)
+        if block.length <= LONGEST_WITH_SCORES:
+            scores = _scores(query, key, mask)
+            torch.bmm(torch.softmax(scores, dim=-1, out=scores), value, out=into)
+        else:
+            query, key, value, into = (
+                part.view(block.num_rows, places.num_heads, block.length, -1)
+                for part in (query, key, value, into)
+            )
+            if mask is not None:
+                mask = mask.to(qkv.dtype).view(block.num_rows, -1, 1, block.length)
+            into.copy_(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    return _by_token(context, places.to_context, qkv)
 
 
 class _PackedAttention(torch.autograd.Function):
     """Forward and backward written out: PyTorch has no fused CPU kernel with dropout.
 
-    All heads of a block go in one product, and gradients straight to where they belong.
+    All heads of a block go in one product, and all blocks share the way there and back.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, num_heads: int, blocks: Sequence[Block], keeps: list[Tensor] | None
-    ) -> Tensor:
-        context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+    def forward(ctx: Any, qkv: Tensor, places: HeadPlaces, keep: Tensor | None) -> Tensor:
+        by_head = _by_head(qkv, places)
+        context = torch.empty_like(by_head[0])
+        keeps = _split_scores(keep, places)
         weights = []
-        for k, block in enumerate(blocks):
-            query, key, value = _heads(qkv, block, num_heads, 3)  # (batch * N, length, H) each
-            scores = _scores(query, key, block.mask)  # (batch * N, length, length)
+        for k, block in enumerate(places.blocks):
+            query, key, value = _of(block, by_head, places)
+            scores = _scores(query, key, places.masks[k])  # (num_rows * N, length, length)
             weights.append(F.softmax(scores, dim=-1))
-            kept = weights[k] if keeps is None else weights[k] * keeps[k]
-            _put_heads(context, block, [kept @ value])
-        ctx.save_for_backward(qkv, *weights)
-        ctx.rest = num_heads, blocks, keeps
-        return context
+            kept = weights[k] if keep is None else weights[k] * keeps[k]
+            torch.bmm(kept, value, out=_of(block, context[None], places)[0])
+        ctx.save_for_backward(by_head, *weights)
+        ctx.places, ctx.keep = places, keep
+        return _by_token(context, places.to_context, qkv)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_context: Tensor) -> tuple[Tensor, None, None, None]:
-        qkv, *weights = ctx.saved_tensors
-        num_heads, blocks, keeps = ctx.rest
-        grad = torch.empty_like(qkv)
-        for k, block in enumerate(blocks):
-            query, key, value = _heads(qkv, block, num_heads, 3)
-            (grad_out,) = _heads(grad_context, block, num_heads, 1)
-            kept = weights[k] if keeps is None else weights[k] * keeps[k]
-            grad_value = kept.transpose(1, 2) @ grad_out
-            grad_weights = grad_out @ value.transpose(1, 2)
-            if keeps is not None:
+    def backward(ctx: Any, grad_context: Tensor) -> tuple[Tensor, None, None]:
+        by_head, *weights = ctx.saved_tensors
+        places, keep = ctx.places, ctx.keep
+        head_size = by_head.shape[-1]
+        grad_out = grad_context.reshape(-1, head_size).index_select(0, places.from_context)
+        grad_out.index_fill_(0, places.empty, 0.0)  # what an empty place looked up counts nothing
+        grad = torch.empty_like(by_head)
+        keeps = _split_scores(keep, places)
+        scale = head_size**-0.5
+        for k, block in enumerate(places.blocks):
+            query, key, value = _of(block, by_head, places)
+            grad_query, grad_key, grad_value = _of(block, grad, places)
+            (grad_block,) = _of(block, grad_out[None], places)
+            kept = weights[k] if keep is None else weights[k] * keeps[k]
+            torch.bmm(kept.transpose(1, 2), grad_block, out=grad_value)
+            grad_weights = grad_block @ value.transpose(1, 2)
+            if keep is not None:
                 grad_weights *= keeps[k]
-            grad_scores = torch._softmax_backward_data(grad_weights, weights[k], -1, qkv.dtype)
-            grad_scores *= query.shape[-1] ** -0.5
-            grad_query = grad_scores @ key
-            grad_key = grad_scores.transpose(1, 2) @ query
-            _put_heads(grad, block, [grad_query, grad_key, grad_value])
-        return grad, None, None, None
+            grad_scores = torch._softmax_backward_data(grad_weights, weights[k], -1, grad.dtype)
+            torch.baddbmm(grad_query, grad_scores, key, beta=0, alpha=scale, out=grad_query)
+            grad_scores = grad_scores.transpose(1, 2)
+            torch.baddbmm(grad_key, grad_scores, query, beta=0, alpha=scale, out=grad_key)
+        return _by_token(grad.flatten(0, 1), places.to_qkv, grad_context), None, None
 
 
-def _heads(packed: Tensor, block: Block, num_heads: int, parts: int) -> list[Tensor]:
-    """The `parts` tensors side by side in (P, parts * D), each as (batch * N, length, H).
-
-    Views where the block is one sequence; copies otherwise.
-    """
-    view = packed[block.start : block.stop].view(block.batch, block.length, parts, num_heads, -1)
-    by_head = view.permute(2, 0, 3, 1, 4)  # (parts, batch, N, length, H)
-    return list(by_head.reshape(parts, block.batch * num_heads, block.length, -1))
+def _by_head(qkv: Tensor, places: HeadPlaces) -> Tensor:
+    """(P, 3 * D) token by token to (3, N * G, H) head by head."""
+    head_size = qkv.shape[1] // (3 * places.num_heads)
+    rows = qkv.reshape(-1, head_size).index_select(0, places.from_qkv)
+    return rows.view(3, -1, head_size)
 
 
-def _put_heads(packed: Tensor, block: Block, parts: list[Tensor]) -> None:
-    """The reverse of `_heads`."""
-    batch, length = block.batch, block.length
-    view = packed[block.start : block.stop].view(batch, length, len(parts), -1, parts[0].shape[-1])
-    for k, part in enumerate(parts):
-        view[:, :, k].copy_(part.view(batch, -1, length, part.shape[-1]).transpose(1, 2))
+def _by_token(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """The reverse: vectors of size H to one row for each token of `like`."""
+    return rows.index_select(0, index).view(len(like), -1)
+
+
+def _of(block: Block, by_head: Tensor, places: HeadPlaces) -> tuple[Tensor, ...]:
+    """The part of a block in (k, N * G, H), as k tensors (num_rows * N, length, H)."""
+    heads = places.num_heads
+    part = by_head[:, block.start * heads : block.stop * heads]
+    return part.view(len(by_head), -1, block.length, by_head.shape[-1]).unbind(0)
+
+
+def _split_scores(keep: Tensor | None, places: HeadPlaces) -> list[Tensor]:
+    """What the attention weights of each block are multiplied by."""
+    if keep is None:
+        return []
+    shapes = [(b.num_rows * places.num_heads, b.length, b.length) for b in places.blocks]
+    parts = torch.split(keep, [math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:

@@ -193,8 +193,8 @@ def train(
 ) -> TrainResult:
     """Fine-tunes a model in place.
 
-    Seeds PyTorch's global generator before every micro-batch (see `dropout_seed`). With packed rows
-    the C library keeps freed memory from then on, for speed (see `kernels.keep_freed_memory`).
+    Seeds the device's global generator before every micro-batch (see `dropout_seed`). With packed
+    rows the C library keeps freed memory from then on (see `kernels.keep_freed_memory`).
 
     Args:
         model: On the device to train on.
@@ -237,7 +237,7 @@ def train(
                 loss_sum = torch.zeros((), device=device)
                 for k, rows in enumerate(micro_batches):
                     batch = make_batch(dataset, rows, device)
-                    torch.manual_seed(dropout_seed(config.seed, step, k))
+                    kernels.seed_dropout(dropout_seed(config.seed, step, k), device)
                     with autocast(device, config.dtype):
                         logits = model(batch.input_ids, **batch.layout).logits
                     share = token_loss(logits, batch.labels, "sum") / max(num_labelled, 1)

@@ -148,7 +148,7 @@ class BertSelfAttention(nn.Module):
         draw_keep = None
         if packing.dropout_masks is not None and self.dropout_prob > 0.0:
             draw_keep = partial(packing.dropout_masks.draw, p=self.dropout_prob)
-        return attention_packed(qkv, self.num_attention_heads, packing.blocks, draw_keep)
+        return attention_packed(qkv, packing.places(self.num_attention_heads), draw_keep)
 
 
 class BertResidual(nn.Module):

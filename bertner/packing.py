@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,95 +19,110 @@ class Block:
     """Neighbouring rows of a packed batch whose attention is computed in one go.
 
     Attributes:
-        start: First token, in the packed batch.
-        batch: How many sequences the block is viewed as.
-        length: Tokens in each of them.
-        mask: (length, length) to be added to the scores where a sequence joins several rows, each
-            of which sees only itself; None where a sequence is one row.
+        start: Place of its first token, in the grid that all blocks make up; see `HeadPlaces`.
+        num_rows: Rows in it.
+        length: Places of each row; those after a row's last token stay empty.
     """
 
     start: int
-    batch: int
+    num_rows: int
     length: int
-    mask: Tensor | None
 
     @property
     def stop(self) -> int:
-        """The token after the last."""
-        return self.start + self.batch * self.length
+        """The place after the last."""
+        return self.start + self.num_rows * self.length
 
 
 # Time of a block, forward and backward: a fixed part for its twenty or so calls, and a part for
 # each of its scores. Only their ratio matters; `python -m benchmarks.attention_forms` measures it.
-SCORES_PER_CALL = 3000
+SCORES_PER_CALL = 2500
 
-# Scores of a block of equal rows, unless it is a single row: bounds memory, at no cost in time.
+# Scores of a block, unless it is a single row: bounds memory, at no cost in time.
 MOST_SCORES = 2**21
 
 
-def plan_blocks(lengths: Sequence[int]) -> list[list[int]]:
+def plan_blocks(lengths: Sequence[int]) -> list[Block]:
     """Divides the rows of a packed batch into blocks, as cheap as possible in total.
 
-    A run of rows of the same length is a block as it stands, and wastes nothing. Short rows of
-    different lengths are joined under a mask, which computes t * t scores for t tokens: worth it
-    while that is less than another round of calls costs. Long rows stay alone, so that the whole is
-    linear in the number of tokens.
+    The rows of a block are computed as if all were as long as the longest of them. Joining rows
+    pays while the scores wasted on that cost less than another round of calls, so that the waste
+    is bounded and the whole stays linear in the number of tokens.
 
     Args:
         lengths: Tokens of each row, in their order. Sorted lengths give the fewest blocks.
-
-    Returns:
-        The lengths of the rows of each block.
     """
-    runs: list[list[int]] = []
+    runs: list[tuple[int, int]] = []  # (rows, length) of neighbours of the same length
     for length in lengths:
-        same = bool(runs) and runs[-1][0] == length
-        if same and (len(runs[-1]) + 1) * length**2 <= MOST_SCORES:
-            runs[-1].append(length)
+        rows = runs[-1][0] + 1 if runs and runs[-1][1] == length else 1
+        if rows > 1 and rows * length**2 <= MOST_SCORES:
+            runs[-1] = (rows, length)
         else:
-            runs.append([length])
+            runs.append((1, length))
     # Shortest path over the borders between runs: best[k] is the least cost of the first k runs.
     best, begin_of = [0], [0]
     for stop in range(1, len(runs) + 1):
-        run = runs[stop - 1]
-        cost, begin = best[-1] + SCORES_PER_CALL + len(run) * run[0] ** 2, stop - 1
-        tokens = len(run) * run[0]
+        num_rows, length = runs[stop - 1]
+        cost, begin = best[-1] + SCORES_PER_CALL + num_rows * length**2, stop - 1
         for start in range(stop - 2, -1, -1):
-            tokens += len(runs[start]) * runs[start][0]
-            joined = SCORES_PER_CALL + tokens**2
-            if joined >= cost:
-                break  # best[] grows with the rows and joining more only costs more
-            if best[start] + joined < cost:
-                cost, begin = best[start] + joined, start
+            num_rows, length = num_rows + runs[start][0], max(length, runs[start][1])
+            scores = num_rows * length**2
+            if scores > MOST_SCORES or SCORES_PER_CALL + scores >= cost:
+                break  # joining more rows only costs more
+            if best[start] + SCORES_PER_CALL + scores < cost:
+                cost, begin = best[start] + SCORES_PER_CALL + scores, start
         best.append(cost)
         begin_of.append(begin)
-    blocks: list[list[int]] = []
-    stop = len(runs)
+    joined, stop = [], len(runs)
     while stop:
-        start = begin_of[stop]
-        blocks.append([length for run in runs[start:stop] for length in run])
-        stop = start
-    return blocks[::-1]
-
-
-def make_blocks(lengths: Sequence[int], device: torch.device) -> list[Block]:
-    """The blocks of `plan_blocks` with their places and masks."""
-    blocks, start = [], 0
-    for rows in plan_blocks(lengths):
-        if len(set(rows)) == 1:
-            block = Block(start, len(rows), rows[0], None)
-        else:
-            block = Block(start, 1, sum(rows), _join_mask(rows, device))
-        blocks.append(block)
-        start = block.stop
+        joined.append(runs[begin_of[stop] : stop])
+        stop = begin_of[stop]
+    blocks: list[Block] = []
+    for block in reversed(joined):
+        start = blocks[-1].stop if blocks else 0
+        blocks.append(Block(start, sum(n for n, _ in block), max(length for _, length in block)))
     return blocks
 
 
-def _join_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """(t, t) zeros where a token sees another of its row, minus infinity elsewhere."""
-    row = torch.repeat_interleave(torch.tensor(lengths, device=device))
-    mask = torch.full((len(row), len(row)), -torch.inf, device=device)
-    return mask.masked_fill_(row[:, None] == row, 0.0)
+@dataclass(frozen=True)
+class HeadPlaces:
+    """Where the vectors of each head of each token go for attention, and where they come from.
+
+    Attention needs (rows, N, length, H), head by head; the layers have (P, N, H), token by token.
+    With these indices one `index_select` of vectors of size H goes from one to the other, for all
+    blocks. G is the number of places, P that of tokens, N that of heads.
+
+    Attributes:
+        num_heads: N.
+        blocks: Their places lie one after the other, N times as many as without heads.
+        masks: For each block (num_rows * N, 1, length), zero at places of tokens and minus infinity
+            at empty ones, to be added to the scores; None where no place is empty.
+        from_qkv: (3 * N * G,) rows of a (P * 3 * N, H) tensor: all queries, all keys, all values.
+            An empty place repeats the first token of its row.
+        to_qkv: (P * 3 * N,) the reverse.
+        from_context: (N * G,) rows of a (P * N, H) tensor.
+        to_context: (P * N,) the reverse.
+        empty: Those of the N * G places that no token has.
+    """
+
+    num_heads: int
+    blocks: Sequence[Block]
+    masks: Sequence[Tensor | None]
+    from_qkv: Tensor
+    to_qkv: Tensor
+    from_context: Tensor
+    to_context: Tensor
+    empty: Tensor
+
+    @property
+    def num_places(self) -> int:
+        """N * G."""
+        return len(self.from_context)
+
+    @cached_property
+    def num_scores(self) -> int:
+        """Attention weights of all blocks."""
+        return sum(b.num_rows * self.num_heads * b.length**2 for b in self.blocks)
 
 
 class Packing:
@@ -127,15 +144,62 @@ class Packing:
         lengths = [stop - start for start, stop in itertools.pairwise(starts)]
         if not lengths or min(lengths) < 1 or starts[0] != 0:
             raise ValueError(f"cu_seqlens must begin with 0 and ascend, not {starts[:5]}")
-        device = cu_seqlens.device
+        self.device = cu_seqlens.device
+        self.starts, self.lengths = np.array(starts[:-1]), np.array(lengths)
         self.max_length = max(lengths)
-        begin = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=starts[-1])
-        self.position_ids = torch.arange(starts[-1], device=device) - begin
-        self.blocks: list[Block] = make_blocks(lengths, device)
-        self.dropout_masks = KeepMasks(device) if training else None
+        self.positions = np.arange(starts[-1]) - np.repeat(self.starts, lengths)
+        self.position_ids = torch.from_numpy(self.positions).to(self.device)
+        self.blocks: list[Block] = plan_blocks(lengths)
+        self.dropout_masks = KeepMasks(self.device) if training else None
+        self._places: dict[int, HeadPlaces] = {}
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """Drops units of `x`, in training."""
         if self.dropout_masks is None or p == 0.0:
             return x
         return x * self.dropout_masks.draw(x.shape, p).to(x.dtype)
+
+    def places(self, num_heads: int) -> HeadPlaces:
+        """The same for all layers, so made once."""
+        if num_heads not in self._places:
+            self._places[num_heads] = self._make_places(num_heads)
+        return self._places[num_heads]
+
+    def _make_places(self, num_heads: int) -> HeadPlaces:
+        blocks, heads = self.blocks, np.arange(num_heads)
+        # Of each row: the length of its block's rows, and its first place.
+        length = np.repeat([b.length for b in blocks], [b.num_rows for b in blocks])
+        ends = np.cumsum(length) * num_heads
+        first = ends - length * num_heads
+        num_places = int(ends[-1])
+        token = np.arange(len(self.positions))
+        place = np.repeat(first, self.lengths) + self.positions  # (P,) of the first head
+        place = place[:, None] + heads * np.repeat(length, self.lengths)[:, None]  # (P, N)
+
+        from_context = np.repeat(self.starts * num_heads, length * num_heads)
+        from_context[place] = token[:, None] * num_heads + heads
+        from_query = np.repeat(self.starts * 3 * num_heads, length * num_heads)
+        from_query[place] = token[:, None] * 3 * num_heads + heads
+        is_empty = np.ones(num_places, bool)
+        is_empty[place] = False
+        parts = np.arange(3)[:, None]
+
+        def to_device(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+            return torch.from_numpy(array.ravel()).to(self.device)
+
+        masks: list[Tensor | None] = []
+        for block in blocks:
+            part = is_empty[block.start * num_heads : block.stop * num_heads]
+            mask = torch.from_numpy(np.where(part, np.float32(-np.inf), np.float32(0.0)))
+            mask = mask.view(-1, 1, block.length).to(self.device)
+            masks.append(mask if part.any() else None)
+        return HeadPlaces(
+            num_heads=num_heads,
+            blocks=blocks,
+            masks=masks,
+            from_qkv=to_device(from_query + parts * num_heads),
+            to_qkv=to_device(place[:, None] + parts * num_places),
+            from_context=to_device(from_context),
+            to_context=to_device(place),
+            empty=to_device(np.flatnonzero(is_empty)),
+        )

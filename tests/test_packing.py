@@ -8,41 +8,38 @@ import random
 import pytest
 import torch
 
-from bertner.packing import MOST_SCORES, SCORES_PER_CALL, Packing, make_blocks, plan_blocks
-
-CPU = torch.device("cpu")
+from bertner.packing import MOST_SCORES, SCORES_PER_CALL, Block, Packing, plan_blocks
 
 
-def cost(blocks: list[list[int]]) -> int:
+def cost(blocks: list[Block]) -> int:
     """Scores of a plan, and the calls' worth in scores."""
-    total = 0
-    for rows in blocks:
-        same = len(set(rows)) == 1
-        total += SCORES_PER_CALL + (len(rows) * rows[0] ** 2 if same else sum(rows) ** 2)
-    return total
+    return sum(SCORES_PER_CALL + block.num_rows * block.length**2 for block in blocks)
 
 
-def every_plan(runs: list[list[int]]) -> list[list[list[int]]]:
-    plans = []
-    for cuts in itertools.product([True, False], repeat=len(runs) - 1):
-        plan = [list(runs[0])]
-        for cut, run in zip(cuts, runs[1:], strict=True):
+def every_cost(lengths: list[int]) -> list[int]:
+    """Of every way to divide the rows."""
+    costs = []
+    for cuts in itertools.product([True, False], repeat=len(lengths) - 1):
+        total, block = 0, [lengths[0]]
+        for cut, length in zip([*cuts, True], [*lengths[1:], 0], strict=True):
             if cut:
-                plan.append(list(run))
-            else:
-                plan[-1].extend(run)
-        plans.append(plan)
-    return plans
+                total += SCORES_PER_CALL + len(block) * max(block) ** 2
+                block = []
+            block.append(length)
+        costs.append(total)
+    return costs
 
 
+@pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("seed", range(30))
-def test_no_plan_is_cheaper(seed: int) -> None:
+def test_no_plan_is_cheaper(seed: int, in_order: bool) -> None:
     rng = random.Random(seed)
-    lengths = sorted(rng.choice([5, 12, 20, 33, 60, 150]) + rng.randint(0, 9) for _ in range(8))
-    runs = [list(group) for _, group in itertools.groupby(lengths)]
+    lengths = [rng.choice([5, 12, 20, 33, 60, 150]) + rng.randint(0, 9) for _ in range(8)]
+    if in_order:
+        lengths.sort()
     plan = plan_blocks(lengths)
-    assert [length for rows in plan for length in rows] == lengths
-    assert cost(plan) == min(map(cost, every_plan(runs)))
+    assert sum(block.num_rows for block in plan) == 8
+    assert cost(plan) == min(every_cost(lengths))
 
 
 def test_cost_is_linear_in_the_tokens() -> None:
@@ -54,24 +51,52 @@ def test_cost_is_linear_in_the_tokens() -> None:
     assert costs[1] < 1.2 * costs[0]
 
 
-def test_blocks_cover_the_rows_and_mask_the_others() -> None:
-    lengths = [3, 3, 4, 6, 200, 200, 210]
-    blocks = make_blocks(lengths, CPU)
+def test_blocks_lie_side_by_side_and_are_bounded() -> None:
+    blocks = plan_blocks([3, 3, 4, 6, 200, 200, 210] + [511] * 64 + [2000])
     assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
-    assert blocks[-1].stop == sum(lengths)
-    joined = blocks[0]
-    assert joined.mask is not None
-    assert joined.batch == 1
-    row_of = torch.repeat_interleave(torch.arange(4), torch.tensor([3, 3, 4, 6]))
-    assert torch.equal(joined.mask == 0.0, row_of[:, None] == row_of)
-    assert (blocks[1].batch, blocks[1].length, blocks[1].mask) == (2, 200, None)
+    assert sum(block.num_rows for block in blocks) == 72
+    assert (blocks[0].num_rows, blocks[0].length) == (4, 6)
+    assert blocks[-1].num_rows == 1
+    assert max(block.num_rows * block.length**2 for block in blocks[:-1]) <= MOST_SCORES
 
 
-def test_blocks_of_many_long_rows_are_bounded() -> None:
-    blocks = make_blocks([512] * 64, CPU)
-    assert {block.length for block in blocks} == {512}
-    assert sum(block.batch for block in blocks) == 64
-    assert max(block.batch * block.length**2 for block in blocks) <= MOST_SCORES
+@pytest.mark.parametrize("lengths", [[7], [4, 4], [3, 3, 4, 6, 90, 95], [60, 1, 2, 30]])
+def test_vectors_of_heads_go_there_and_come_back(lengths: list[int]) -> None:
+    heads, starts = 3, [0, *itertools.accumulate(lengths)]
+    packing = Packing(torch.tensor(starts), training=False)
+    places = packing.places(heads)
+    num_tokens = sum(lengths)
+    # Of each vector: token, part (query, key or value), head.
+    qkv = torch.cartesian_prod(torch.arange(num_tokens), torch.arange(3), torch.arange(heads))
+    there = qkv[places.from_qkv].view(3, -1, 3)
+    assert torch.equal(there.flatten(0, 1)[places.to_qkv], qkv)
+    context = torch.cartesian_prod(torch.arange(num_tokens), torch.arange(heads))
+    assert torch.equal(context[places.from_context][places.to_context], context)
+    assert torch.equal(context[places.from_context][:, 0], there[0, :, 0])
+
+    empty = torch.zeros(places.num_places, dtype=torch.bool)
+    empty[places.empty] = True
+    assert (~empty).sum() == num_tokens * heads
+    rows = iter(itertools.pairwise(starts))
+    for block, mask in zip(packing.blocks, places.masks, strict=True):
+        part = slice(block.start * heads, block.stop * heads)
+        grid = there[:, part].view(3, block.num_rows, heads, block.length, 3)
+        hidden = empty[part].view(block.num_rows, heads, block.length)
+        expected = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        assert (mask is None) == (not hidden.any())
+        assert mask is None or torch.equal(mask.view(expected.shape), expected)
+        for row in range(block.num_rows):
+            start, stop = next(rows)
+            for which, head in itertools.product(range(3), range(heads)):
+                found = grid[which, row, head]
+                assert found[: stop - start, 0].tolist() == list(range(start, stop))
+                # An empty place has something of its own row: a bad value there stays there.
+                assert found[stop - start :, 0].eq(start).all()
+                assert found[:, 1].eq(which).all()
+                assert found[: stop - start, 2].eq(head).all()
+                assert hidden[row, head].tolist() == [
+                    column >= stop - start for column in range(block.length)
+                ]
 
 
 def test_positions_begin_anew_in_each_row() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from bertner.hub import find_model
 from bertner.labels import IGNORE_INDEX
 from bertner.loop import train
 from bertner.model import BertForNER, BertSelfAttention, token_loss
-from bertner.packing import make_blocks
+from bertner.packing import Packing
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
 from tests.conftest import MINILM, SHARED_DATA, needs_conll, needs_minilm
@@ -202,34 +203,42 @@ def test_a_model_in_training_is_copied_and_saved(tmp_path: Path) -> None:
         assert torch.equal(twin.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("lengths", [[5, 5, 5], [3, 4, 6], [3, 3, 40, 40]])
-@pytest.mark.parametrize("p", [0.3, 1.0])
-def test_gradients_of_attention_with_dropout(lengths: list[int], p: float) -> None:
-    """The backward that is written out, against autograd's, with the same units dropped."""
+@pytest.mark.parametrize(
+    "lengths", [[8, 8, 8], [5, 5], [1], [3, 4, 6], [3, 3, 100, 100], [90, 2, 7]]
+)
+@pytest.mark.parametrize("p", [None, 0.3, 1.0])
+def test_gradients_of_attention_with_dropout(lengths: list[int], p: float | None) -> None:
+    """The backward that is written out, against autograd's row by row, with the same units kept."""
     torch.manual_seed(3)
     heads, size, total = 3, 4, sum(lengths)
-    blocks = make_blocks(lengths, torch.device("cpu"))
-    shapes = [(b.batch * heads, b.length, b.length) for b in blocks]
-    drawn = [(torch.rand(shape) >= p).double() * (1.7 if p < 1 else 0.0) for shape in shapes]
-    draws = iter(drawn)
+    starts = [0, *itertools.accumulate(lengths)]
+    packing = Packing(torch.tensor(starts), training=True)
+    places = packing.places(heads)
+    keep = (torch.rand(places.num_scores) >= (p or 0.0)).double() * (0.0 if p == 1.0 else 1.7)
     qkv = torch.randn(total, 3 * heads * size, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(total, heads * size, dtype=torch.float64)
-    ours = attention_packed(qkv, heads, blocks, lambda shape: next(draws))
+    ours = attention_packed(qkv, places, None if p is None else lambda shape: keep.view(shape))
     (ours_grad,) = torch.autograd.grad(ours, qkv, grad)
 
-    expected = []
-    for block, keep in zip(blocks, drawn, strict=True):
-        part = qkv[block.start : block.stop]
-        q, k, v = part.view(block.batch, block.length, 3, heads, size).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-1, -2) / size**0.5
-        if block.mask is not None:
-            scores = scores + block.mask
-        weights = scores.softmax(-1) * keep.view(block.batch, heads, block.length, block.length)
-        expected.append((weights @ v).transpose(1, 2).reshape(-1, heads * size))
+    expected, rows, first_score = [], iter(itertools.pairwise(starts)), 0
+    for block in packing.blocks:
+        shape = (block.num_rows, heads, block.length, block.length)
+        kept = keep[first_score : first_score + math.prod(shape)].view(shape)
+        first_score += math.prod(shape)
+        for row in range(block.num_rows):
+            start, stop = next(rows)
+            q, k, v = qkv[start:stop].view(-1, 3, heads, size).permute(1, 2, 0, 3)
+            weights = (q @ k.transpose(-1, -2) / size**0.5).softmax(-1)
+            if p is not None:
+                weights = weights * kept[row, :, : stop - start, : stop - start]
+            expected.append((weights @ v).transpose(0, 1).reshape(-1, heads * size))
     theirs = torch.cat(expected)
     (theirs_grad,) = torch.autograd.grad(theirs, qkv, grad)
     assert torch.allclose(ours, theirs, atol=1e-12)
     assert torch.allclose(ours_grad, theirs_grad, atol=1e-12)
+    with torch.no_grad():  # the way of evaluation, if there is no dropout
+        again = attention_packed(qkv, places, None if p is None else lambda shape: keep.view(shape))
+    assert torch.allclose(again, theirs, atol=1e-12)
 
 
 @pytest.mark.parametrize(("hidden", "attention"), [(0.4, 0.0), (0.0, 0.4)])
