@@ -10,6 +10,7 @@ Shape legend: P packed tokens, K and N sizes of a layer's input and output.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import threading
 import time
@@ -364,17 +365,17 @@ def _move_to_buffer(weight: Any) -> bool:
 
 def embedding(ids: Tensor, layer: nn.Embedding) -> Tensor:
     """(P,) ids to (P, D)."""
-    if torch.is_grad_enabled() and has_buffer(layer.weight):
+    if torch.is_grad_enabled() and hasattr(layer.weight, "row_buffer"):
         return _Embedding.apply(ids, layer.weight, layer.padding_idx)  # type: ignore[no-any-return, no-untyped-call]
     return layer(ids)  # type: ignore[no-any-return]
 
 
 class _Embedding(torch.autograd.Function):
-    """An embedding whose gradient touches only the rows of the batch.
+    """An embedding whose gradient is sparse: it has the rows of the batch alone.
 
-    The dense gradient of bert-base's word embeddings is 89 MB to allocate and to fill with zeros,
-    of which a batch of 160 tokens needs half a megabyte. Here it lives in a buffer that stays, in
-    which the rows of the last step alone are set back to zero.
+    The dense gradient of bert-base's word embeddings is 89 MB to allocate, to fill with zeros and
+    to read again, of which a batch of 160 tokens needs half a megabyte. `optimizer_step` takes it
+    as it is.
     """
 
     @staticmethod
@@ -387,17 +388,18 @@ class _Embedding(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
-        weight, buffer = ctx.weight, ctx.weight.grad_buffer
-        if weight.grad is None:
-            buffer[weight.grad_rows] = 0.0
-            weight.grad_rows = ids[:0]
-        elif _move_to_buffer(weight):
-            weight.grad_rows = torch.arange(len(weight), device=ids.device)
-        weight.grad = buffer
+        weight = ctx.weight
         if ctx.padding_idx is not None:
             grad = grad * (ids != ctx.padding_idx)[:, None]
-        buffer.index_add_(0, ids, grad)
-        weight.grad_rows = torch.unique(torch.cat([weight.grad_rows, ids]))
+        rows, place = torch.unique(ids, return_inverse=True)  # sorted
+        values = grad.new_zeros(len(rows), grad.shape[1]).index_add_(0, place, grad)
+        sparse = torch.sparse_coo_tensor(
+            rows[None], values, weight.shape, is_coalesced=True, check_invariants=False
+        )
+        if weight.grad is not None:
+            sparse = weight.grad + sparse  # dense, if what is there already is
+            sparse = sparse.coalesce() if sparse.is_sparse else sparse
+        weight.grad = sparse
         return None, None, None
 
 
@@ -406,57 +408,125 @@ def has_buffer(parameter: Tensor) -> bool:
     return hasattr(parameter, "grad_buffer")
 
 
+# Rows of an embedding of which one call of `optimizer_step` takes care: their gradient is small
+# enough to stay in the cache, and large enough to make little of the call.
+ROWS_PER_CALL = 2048
+
+
 @contextmanager
 def gradient_buffers(model: nn.Module) -> Iterator[None]:
-    """Gives the gradients of a model's linear layers and embeddings places that stay.
+    """Gives the gradients of a model's linear layers places that stay, and embeddings sparse ones.
 
-    While it is open, `linear` and `embedding` write gradients there themselves, past autograd's
-    hooks. All else is as ever: `grad` is None after `zero_grad`, and backward adds to it. What else
-    changes such a gradient in place (another term of the loss on the same weight, or noise added by
-    hand) is not seen by `gradient_norm`, and stays in an embedding's buffer: use no buffers then.
+    While it is open, `linear` and `embedding` write gradients themselves, past autograd's hooks.
+    All else is as ever: `grad` is None after `zero_grad`, and backward adds to it. What else
+    changes a linear layer's gradient in place (another term of the loss on the same weight, or
+    noise added by hand) is not seen by `gradient_norm`: use no buffers then. Sparse gradients are
+    for CPUs only, and need `optimizer_step`.
 
     Raises:
         RuntimeError: The model has buffers already.
     """
-    # A weight that several modules share has one buffer.
-    with_buffer: list[Any] = list(
-        {
-            id(module.weight): module.weight
-            for module in model.modules()
-            if isinstance(module, nn.Linear | nn.Embedding) and module.weight.requires_grad
-        }.values()
-    )
-    if any(map(has_buffer, with_buffer)):
+    linear_weights, tables = _weights(model, nn.Linear), _weights(model, nn.Embedding)
+    like = next(model.parameters())
+    tables = [
+        t for t in tables if t.device.type == "cpu" and all(t is not w for w in linear_weights)
+    ]
+    if any(map(has_buffer, linear_weights)):
         raise RuntimeError("this model is in training already: it has buffers for its gradients")
     # In one piece and in the order of the weights, so that what is stacked there is stacked here.
-    sizes = [weight.numel() for weight in with_buffer]
-    like = next(model.parameters())
+    sizes = [weight.numel() for weight in linear_weights]
     flat = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
-    for weight, part in zip(with_buffer, torch.split(flat, sizes), strict=True):
+    for weight, part in zip(linear_weights, torch.split(flat, sizes), strict=True):
         weight.grad = None
         weight.grad_buffer = part.view_as(weight)
         weight.grad_square = None
-        weight.grad_rows = torch.zeros(0, dtype=torch.int64, device=flat.device)
+    for table in tables:
+        table.grad = None
+        table.row_buffer = torch.zeros_like(table[:ROWS_PER_CALL])
     try:
         yield
     finally:
-        for weight in with_buffer:
+        for weight in linear_weights:
             weight.grad = None
-            del weight.grad_buffer, weight.grad_rows, weight.grad_square
+            del weight.grad_buffer, weight.grad_square
+        for table in tables:
+            table.grad = None
+            del table.row_buffer
+
+
+def _weights(model: nn.Module, kind: type[nn.Module]) -> list[Any]:
+    """Of the modules of a kind, to be trained; one that several modules share is there once."""
+    modules: Any = (module for module in model.modules() if isinstance(module, kind))
+    weights = (module.weight for module in modules)
+    return list({id(weight): weight for weight in weights if weight.requires_grad}.values())
+
+
+def optimizer_step(optimizer: torch.optim.AdamW) -> None:
+    """A step of fused AdamW, also for parameters with a sparse gradient.
+
+    Those are updated as if it were dense, some rows in a call, for which their gradient is written
+    into a buffer of zeros. It is then set to None.
+    """
+    sparse = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                sparse.append((parameter, parameter.grad, group))
+                parameter.grad = None  # AdamW would refuse it
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, grad, group in sparse:
+            _step_by_rows(optimizer, parameter, grad, group)
+
+
+def _step_by_rows(
+    optimizer: torch.optim.AdamW, parameter: Any, grad: Tensor, group: dict[str, Any]
+) -> None:
+    state, buffer = optimizer.state[parameter], parameter.row_buffer
+    if not state:  # as AdamW begins
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    state["step"] += 1
+    rows, values = grad.indices()[0], grad.values()
+    starts = range(0, len(parameter), len(buffer))
+    bounds = torch.searchsorted(rows, torch.tensor([*starts, len(parameter)])).tolist()
+    for start, (first, last) in zip(starts, itertools.pairwise(bounds), strict=True):
+        part = slice(start, start + len(buffer))
+        here = rows[first:last] - start
+        buffer[here] = values[first:last]
+        torch._fused_adamw_(
+            [parameter[part]],
+            [buffer[: len(parameter) - start]],
+            [state["exp_avg"][part]],
+            [state["exp_avg_sq"][part]],
+            [],
+            [state["step"]],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=getattr(optimizer, "grad_scale", None),
+        )
+        buffer[here] = 0.0
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of the gradients of `parameters`, each of which has one.
 
     Read from memory they cost a twentieth of a step; so `linear` adds up the squares of a gradient
-    as soon as it is computed, and of an embedding only the rows that are not zero count.
+    as soon as it is computed.
     """
     squares = []
     for parameter in parameters:
-        assert parameter.grad is not None
-        square, rows = getattr(parameter, "grad_square", None), getattr(parameter, "grad_rows", ())
+        grad = parameter.grad
+        assert grad is not None
+        square = getattr(parameter, "grad_square", None)
         if square is None:
-            square = _square(parameter.grad[rows] if len(rows) else parameter.grad)
+            square = _square(grad.values() if grad.is_sparse else grad)
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
 

@@ -253,7 +253,7 @@ def train(
                 rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                optimizer.step()
+                kernels.optimizer_step(optimizer)
 
                 # What follows only watches: it changes no weight.
                 num_tokens = int(dataset.row_lengths[all_rows].sum())
