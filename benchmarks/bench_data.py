@@ -206,7 +206,7 @@ def bench_size(num_sentences: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, help="folder with CoNLL-2003's train.txt")
+    parser.add_argument("--data", type=Path, help="folder that holds conll2003/train.txt")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sentences", type=int, nargs="*", default=[250_000, 500_000])
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -216,7 +216,7 @@ def main() -> None:
         return
     result: dict[str, Any] = {"rayon_threads": os.environ.get("RAYON_NUM_THREADS", "all")}
     if options.data:
-        result["conll2003"] = bench_conll(options.data / "train.txt", options.repeats)
+        result["conll2003"] = bench_conll(options.data / "conll2003" / "train.txt", options.repeats)
         for name in ("bertner", "datasets_map"):
             each = result["conll2003"][name]
             print(

@@ -539,7 +539,11 @@ def _square(x: Tensor) -> Tensor:
 
 @contextmanager
 def hot_path(matmul: str, device: torch.device, dtype: str) -> Iterator[None]:
-    """What training, evaluation and prediction on packed rows run in; see `choose_products`."""
+    """What training, evaluation and prediction on packed rows run in.
+
+    See `choose_products` and `keep_freed_memory`, which lasts beyond it.
+    """
+    keep_freed_memory()
     with multiply_by(choose_products(matmul, device, dtype)):
         yield
 

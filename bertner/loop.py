@@ -276,7 +276,6 @@ def _short_ways(model: BertForNER, config: TrainConfig) -> Iterator[None]:
         yield
         return
     model.stack_projections()
-    kernels.keep_freed_memory()
     with (
         kernels.hot_path(config.matmul, model.device, config.dtype),
         kernels.gradient_buffers(model),
@@ -441,8 +440,6 @@ def evaluate(
         on_batch: Is told the number of rows of each batch done.
     """
     start = time.perf_counter()
-    if packing:
-        kernels.keep_freed_memory()
     device, was_training = model.device, model.training
     model.eval()
     predicted = np.zeros(len(dataset.input_ids), dtype=np.int16)

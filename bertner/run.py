@@ -466,7 +466,6 @@ def run_prediction(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     products = kernels.choose_products(options.matmul, device, options.dtype)
     logger.info("matrix products: %s", products)
-    kernels.keep_freed_memory()
     tagger = Tagger.from_pretrained(
         options.model,
         device=str(device),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +17,7 @@ from torch import nn
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.errors import NotFiniteError, UsageError
-from bertner.loop import (
-    StepReport,
-    build_optimizer,
-    dropout_seed,
-    evaluate,
-    learning_rate_at,
-    train,
-)
+from bertner.loop import build_optimizer, dropout_seed, evaluate, learning_rate_at, train
 from bertner.model import BertForNER
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
@@ -108,23 +99,6 @@ def test_the_losses_of_a_recorded_run(parts: Parts, packing: bool, recording: st
     train(model, rows, config, watcher=watched)
     recorded = (REPOSITORY / "tests" / "golden" / recording).read_text().split()
     assert watched.loss == pytest.approx([float(loss) for loss in recorded], rel=1e-4)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory goes back")
-def test_a_warm_step_takes_no_new_memory(parts: Parts) -> None:
-    """Counted in page faults: each 4 KB of fresh memory costs one when it is first touched."""
-    model, rows, _ = parts
-    wide = replace(model.config, hidden_size=256, intermediate_size=1024, num_hidden_layers=3)
-    faults: list[int] = []
-
-    class Counter(Losses):
-        def stepped(self, report: StepReport) -> None:
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-
-    # All rows in every step, so that no later batch is the largest so far.
-    config = TrainConfig(max_steps=24, per_device_train_batch_size=len(rows), eval_strategy="no")
-    train(BertForNER(wide), rows, config, watcher=Counter())
-    assert faults[-1] - faults[-10] < 100, "activations of a step alone are some 2,000 pages"
 
 
 def test_the_same_run_twice_is_the_same_to_the_bit(parts: Parts) -> None:
