@@ -55,11 +55,17 @@ def planned(batch: Packing, qkv: torch.Tensor, heads: int, masks: KeepMasks) -> 
     context.backward(torch.ones_like(context))  # type: ignore[no-untyped-call]
 
 
-def with_mask(mask: torch.Tensor, qkv: torch.Tensor, heads: int) -> None:
-    """The same by PyTorch's own function, under one mask."""
-    qkv.grad = None
+def sdpa(qkv: torch.Tensor, heads: int, mask: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own attention with dropout, under one mask: (P, 3 * D) to (P, D)."""
     q, k, v = (part.view(1, len(qkv), heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
     context = F.scaled_dot_product_attention(q, k, v, mask, 0.1)
+    return context.transpose(1, 2).reshape(len(qkv), -1)
+
+
+def with_mask(mask: torch.Tensor, qkv: torch.Tensor, heads: int) -> None:
+    """The same as `planned` by PyTorch's own function."""
+    qkv.grad = None
+    context = sdpa(qkv, heads, mask)
     context.backward(torch.ones_like(context))  # type: ignore[no-untyped-call]
 
 

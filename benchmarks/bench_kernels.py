@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.attention_forms import sdpa
 from benchmarks.common import interleave, ratios, spread
 from benchmarks.machine import write_result
 from bertner import kernels
@@ -91,13 +92,6 @@ def measure(rounds: int, stack: ExitStack) -> None:
     row = torch.repeat_interleave(torch.tensor(lengths))
     mask = row[:, None] == row
 
-    def sdpa() -> Tensor:
-        query, key, value = (
-            part.view(1, TOKENS, 12, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
-        )
-        context = F.scaled_dot_product_attention(query, key, value, mask, 0.1)
-        return context.transpose(1, 2).reshape(TOKENS, HIDDEN)
-
     def all_of(layers: nn.ModuleList, apply: Callable[[nn.Module], Tensor]) -> Tensor:
         return sum((apply(layer) for layer in layers), torch.zeros(()))
 
@@ -125,7 +119,7 @@ def measure(rounds: int, stack: ExitStack) -> None:
             lambda: [kernels._square(each) for each in gradients],
         ),
         "attention with dropout: in blocks": (
-            lambda: sdpa().backward(grad),  # type: ignore[no-untyped-call]
+            lambda: sdpa(qkv, 12, mask).backward(grad),  # type: ignore[no-untyped-call]
             lambda: attention_packed(  # type: ignore[no-untyped-call]
                 qkv, packing.places(12), lambda shape: masks.draw(shape, 0.1)
             ).backward(grad),

@@ -178,8 +178,8 @@ class Packing:
 
         from_context = np.repeat(self.starts * num_heads, length * num_heads)
         from_context[place] = token[:, None] * num_heads + heads
-        from_query = np.repeat(self.starts * 3 * num_heads, length * num_heads)
-        from_query[place] = token[:, None] * 3 * num_heads + heads
+        # The same token and head, where each token has its queries, keys and values.
+        from_query = from_context + from_context // num_heads * 2 * num_heads
         is_empty = np.ones(num_places, bool)
         is_empty[place] = False
         parts = np.arange(3)[:, None]
