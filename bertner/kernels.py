@@ -10,7 +10,6 @@ Shape legend: P packed tokens, K and N sizes of a layer's input and output.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import threading
 import time
@@ -344,8 +343,8 @@ class _Linear(torch.autograd.Function):
             buffer.copy_(grad.t() @ x)
         for weight in weights:
             weight.grad = weight.grad_buffer
-            # Now, while it is in the cache: see `gradient_norm`. The last call of a step is right.
-            weight.grad_square = _square(weight.grad)
+            # Now, while it is in the cache: for `optimizer.gradient_norm`. The last call counts.
+            weight.grad_square = sum_of_squares(weight.grad)
         grad_bias = grad.sum(0, dtype=biases[0].dtype)
         sizes = [len(bias) for bias in biases]
         grad_biases = torch.split(grad_bias, sizes) if half > 1 else (grad_bias,)
@@ -421,7 +420,7 @@ def gradient_buffers(model: nn.Module) -> Iterator[None]:
     All else is as ever: `grad` is None after `zero_grad`, and backward adds to it. What else
     changes a linear layer's gradient in place (another term of the loss on the same weight, or
     noise added by hand) is not seen by `gradient_norm`: use no buffers then. Sparse gradients are
-    for CPUs only, and need `optimizer_step`.
+    for CPUs only, and need `optimizer.optimizer_step`.
 
     Raises:
         RuntimeError: The model has buffers already.
@@ -461,78 +460,8 @@ def _weights(model: nn.Module, kind: type[nn.Module]) -> list[Any]:
     return list({id(weight): weight for weight in weights if weight.requires_grad}.values())
 
 
-def optimizer_step(optimizer: torch.optim.AdamW) -> None:
-    """A step of fused AdamW, also for parameters with a sparse gradient.
-
-    Those are updated as if it were dense, some rows in a call, for which their gradient is written
-    into a buffer of zeros. It is then set to None.
-    """
-    sparse = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                sparse.append((parameter, parameter.grad, group))
-                parameter.grad = None  # AdamW would refuse it
-    optimizer.step()
-    with torch.no_grad():
-        for parameter, grad, group in sparse:
-            _step_by_rows(optimizer, parameter, grad, group)
-
-
-def _step_by_rows(
-    optimizer: torch.optim.AdamW, parameter: Any, grad: Tensor, group: dict[str, Any]
-) -> None:
-    state, buffer = optimizer.state[parameter], parameter.row_buffer
-    if not state:  # as AdamW begins
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
-    state["step"] += 1
-    rows, values = grad.indices()[0], grad.values()
-    starts = range(0, len(parameter), len(buffer))
-    bounds = torch.searchsorted(rows, torch.tensor([*starts, len(parameter)])).tolist()
-    for start, (first, last) in zip(starts, itertools.pairwise(bounds), strict=True):
-        part = slice(start, start + len(buffer))
-        here = rows[first:last] - start
-        buffer[here] = values[first:last]
-        torch._fused_adamw_(
-            [parameter[part]],
-            [buffer[: len(parameter) - start]],
-            [state["exp_avg"][part]],
-            [state["exp_avg_sq"][part]],
-            [],
-            [state["step"]],
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-            grad_scale=getattr(optimizer, "grad_scale", None),
-        )
-        buffer[here] = 0.0
-
-
-def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of the gradients of `parameters`, each of which has one.
-
-    Read from memory they cost a twentieth of a step; so `linear` adds up the squares of a gradient
-    as soon as it is computed.
-    """
-    squares = []
-    for parameter in parameters:
-        grad = parameter.grad
-        assert grad is not None
-        square = getattr(parameter, "grad_square", None)
-        if square is None:
-            square = _square(grad.values() if grad.is_sparse else grad)
-        squares.append(square)
-    return torch.stack(squares).sum().sqrt()
-
-
-def _square(x: Tensor) -> Tensor:
-    """Sum of the squares; a product of vectors takes half the time of `linalg.vector_norm`."""
+def sum_of_squares(x: Tensor) -> Tensor:
+    """A product of a vector with itself takes half the time of `linalg.vector_norm`."""
     flat = x.flatten()
     return flat.dot(flat)
 
@@ -564,23 +493,3 @@ def keep_freed_memory() -> None:
     mallopt(m_mmap_threshold, 32 * 2**20)  # the most that it takes
     mallopt(m_trim_threshold, 2**30)
     mallopt(m_top_pad, 64 * 2**20)
-
-
-def clip(optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor, *, fold: bool) -> None:
-    """Scales the gradients down to a norm of at most `max_norm`.
-
-    Args:
-        optimizer: Fused AdamW.
-        max_norm: Above 0.
-        norm: Of all gradients.
-        fold: Let the optimizer divide by the factor as it reads the gradients, in place of a pass
-            over them of its own; equal but for the last bit.
-    """
-    # PyTorch's fused AdamW divides on these; the one of MPS pays no heed to the factor.
-    if fold and norm.device.type in ("cpu", "cuda"):
-        # Where gradient scaling of float16 hands its factor over; fused optimizers divide by it.
-        scale = (norm + 1e-6) / max_norm
-        optimizer.grad_scale = scale if scale > 1.0 else None  # type: ignore[attr-defined]
-    else:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -35,6 +35,7 @@ from bertner.errors import NotFiniteError, UsageError
 from bertner.labels import IGNORE_INDEX, IntArray
 from bertner.metrics import EntityScores, score_entities
 from bertner.model import BertForNER, autocast, token_loss
+from bertner.optimizer import build_optimizer, clip, gradient_norm, optimizer_step
 
 
 @dataclass(frozen=True)
@@ -158,30 +159,6 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     return int(state[0]) >> 1  # torch takes 63 bits on every device
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019); biases and LayerNorm do not decay, as in BERT."""
-    norms = {
-        f"{name}.{parameter}"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm)
-        for parameter, _ in module.named_parameters(recurse=False)
-    }
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (no_decay if name in norms or name.endswith("bias") else decay).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": decay, "weight_decay": config.weight_decay},
-            {"params": no_decay, "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-
-
 def train(
     model: BertForNER,
     dataset: TokenDataset,
@@ -217,9 +194,7 @@ def train(
     steps_per_epoch = config.steps_per_epoch(len(dataset))
     progress = _Progress(config, total_steps, steps_per_epoch, evaluation, watcher, save)
     model.train()
-    make_batch, norm_of = (
-        (pack, kernels.gradient_norm) if config.packing else (collate, _reference_norm)
-    )
+    make_batch, norm_of = (pack, gradient_norm) if config.packing else (collate, _reference_norm)
 
     with _short_ways(model, config):
         for epoch in itertools.count():
@@ -249,11 +224,11 @@ def train(
                 if not math.isfinite(loss) or not math.isfinite(grad_norm):
                     raise _not_finite(step, loss, grad_norm, dataset, all_rows)
                 if config.max_grad_norm > 0:
-                    kernels.clip(optimizer, config.max_grad_norm, norm, fold=config.packing)
+                    clip(optimizer, config.max_grad_norm, norm, fold=config.packing)
                 rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                kernels.optimizer_step(optimizer)
+                optimizer_step(optimizer)
 
                 # What follows only watches: it changes no weight.
                 num_tokens = int(dataset.row_lengths[all_rows].sum())

@@ -21,7 +21,7 @@ ORDER = [
     ["packing", "readers", "tokenizer", "output_dir"],
     ["attention", "hub_datasets", "data"],
     ["batches", "data_cache"],
-    ["model"],
+    ["model", "optimizer"],
     ["loop", "predict"],
     ["report"],
     ["card"],

@@ -17,7 +17,7 @@ from torch import nn
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.errors import NotFiniteError, UsageError
-from bertner.loop import build_optimizer, dropout_seed, evaluate, learning_rate_at, train
+from bertner.loop import dropout_seed, evaluate, learning_rate_at, train
 from bertner.model import BertForNER
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
@@ -48,20 +48,6 @@ def test_rate_is_that_of_transformers(warmup: int, total: int) -> None:
         assert learning_rate_at(step, 0.5, warmup, total) == pytest.approx(expected, abs=1e-12)
         optimizer.step()
         schedule.step()
-
-
-def test_decay_is_left_out_where_the_trainer_leaves_it_out(parts: Parts) -> None:
-    model = parts[0]
-    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.25))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {
-        g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups
-    }
-    theirs = transformers.Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
-    assert groups[0.25] == set(theirs)
-    assert "classifier.weight" in groups[0.25]
-    assert "bert.embeddings.word_embeddings.weight" in groups[0.25]
-    assert "bert.embeddings.LayerNorm.weight" in groups[0.0]
 
 
 def test_dropout_seeds_are_all_different_and_fit_torch() -> None:
