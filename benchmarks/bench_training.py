@@ -4,8 +4,11 @@
 
 Each round trains the same first steps of CoNLL-2003, in the Trainer's order, with each side in
 turn; the first few of each are warm-up and are not counted. "floor" is the matrix products on real
-tokens and AdamW alone: what they take on this machine bounds every implementation. Peak memory is
-that of a process of its own.
+tokens and AdamW of the layers alone: what they take on this machine bounds every implementation.
+
+Peak memory is that of a process of its own, which trains the epoch's first steps; and of another,
+one of whose steps has the epoch's largest batch. What bertner's optimizer would hold besides at the
+end of the epoch, for words that those steps have not, is added.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,11 @@ from benchmarks.common import spread as spread_of
 from benchmarks.machine import write_result
 from bertner.batches import epoch_order
 from bertner.config import TrainConfig
+from bertner.data import TokenDataset
 from bertner.loop import train
 
 WARM_UP = 4
+PEAK_STEPS = 14
 FLOOR = "floor"
 
 # Settings of bertner's sides; the Trainer has its defaults.
@@ -75,7 +81,7 @@ def floor_seconds(parts: Parts, steps: int) -> float:
     """Seconds of what no implementation can leave out, and nothing else.
 
     The matrix products of the layers on the steps' real tokens (forward, and both of backward into
-    buffers that stay) and the sweep of fused AdamW over all weights, by the libraries of this
+    buffers that stay) and the sweep of fused AdamW over their weights, by the libraries of this
     machine.
     """
     config = parts.model.config
@@ -83,10 +89,10 @@ def floor_seconds(parts: Parts, steps: int) -> float:
     shapes = [(3 * hidden, hidden), (hidden, hidden), (wide, hidden), (hidden, wide)]
     weights = [torch.randn(shape) for _ in range(config.num_hidden_layers) for shape in shapes]
     gradients = [torch.zeros_like(weight) for weight in weights]
-    model = copy.deepcopy(parts.model)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    parameters = [torch.nn.Parameter(weight) for weight in weights]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer = torch.optim.AdamW(parameters, fused=True)
     order = epoch_order(len(parts.train), 42, 0)
     seconds = 0.0
     for step in range(WARM_UP + steps):
@@ -114,29 +120,60 @@ def trainer_seconds(parts: Parts, folder: Path, steps: int) -> float:
     return sum(clock.seconds[WARM_UP:])
 
 
-def peak_of(side: str, name: str, data: Path) -> float:
+def first_batches(dataset: TokenDataset, num_steps: int, with_largest: bool) -> TokenDataset:
+    """Rows whose own epoch has the first batches of the whole dataset's epoch.
+
+    Args:
+        dataset: The whole.
+        num_steps: Batches.
+        with_largest: Put the batch that is the largest when padded in the place of one of them.
+    """
+    batches = epoch_order(len(dataset), 42, 0)[: len(dataset) // 8 * 8].reshape(-1, 8)
+    wanted = batches[:num_steps].copy()
+    if with_largest:
+        wanted[num_steps // 2] = batches[dataset.row_lengths[batches].max(1).argmax()]
+    rows = np.empty(wanted.size, dtype=np.int64)
+    rows[epoch_order(wanted.size, 42, 0)] = wanted.ravel()
+    tokens = np.concatenate([np.arange(*dataset.row_starts[row : row + 2]) for row in rows])
+    return replace(
+        dataset,
+        input_ids=dataset.input_ids[tokens],
+        word_ids=dataset.word_ids[tokens],
+        labels=dataset.labels[tokens],
+        row_starts=np.append(0, np.cumsum(dataset.row_lengths[rows])),
+        row_sentences=dataset.row_sentences[rows],
+    )
+
+
+def peak_of(side: str, name: str, data: Path, with_largest: bool) -> float:
     """Peak memory, in MB, of a process that trains a few steps."""
     command = [sys.executable, "-m", "benchmarks.bench_training", "--data", str(data)]
     command += ["--model", name, "--peak", side]
+    command += ["--with-largest"] if with_largest else []
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(result.stdout.splitlines()[-1]))
 
 
-def print_peak(side: str, name: str, data: Path) -> None:
+def print_peak(side: str, name: str, data: Path, with_largest: bool) -> None:
     """Trains with one side and prints this process' peak memory."""
-    parts = load(name, data, max_sentences=400)
+    parts = load(name, data)
+    whole, parts.train = parts.train, first_batches(parts.train, PEAK_STEPS, with_largest)
     if side == "Trainer":
         with tempfile.TemporaryDirectory() as folder:
             parts.save(Path(folder))
             del parts.model
-            trainer_seconds(parts, Path(folder), 10)
+            trainer_seconds(parts, Path(folder), PEAK_STEPS - WARM_UP)
     else:
         model, parts.model = parts.model, None  # type: ignore[assignment]
-        config = TrainConfig(max_steps=WARM_UP + 10, eval_strategy="no", **SIDES[side])
+        config = TrainConfig(max_steps=PEAK_STEPS, eval_strategy="no", **SIDES[side])
         train(model, parts.train, config)
     # Not getrusage's: that counts what the parent process held when it started this one.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    print(int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1]) / 1024)
+    peak = int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1]) / 1024
+    if side != "Trainer" and config.packing:  # two averages of each row of the word embeddings
+        unseen = len(np.unique(whole.input_ids)) - len(np.unique(parts.train.input_ids))
+        peak += 2 * 4 * unseen * model.config.hidden_size / 2**20
+    print(peak)
 
 
 def measure(name: str, data: Path, rounds: int, steps: int) -> dict[str, Any]:
@@ -160,21 +197,26 @@ def measure(name: str, data: Path, rounds: int, steps: int) -> dict[str, Any]:
         "sides": {},
     }
     print(f"\n{name}: {tokens / steps:.0f} real tokens a step, {sum(padded) / steps:.0f} padded")
-    print(f"{'':18s}   steps/s (spread)    tokens/s   x Trainer (spread)   peak MB")
+    header = "steps/s (spread)    tokens/s   x Trainer (spread)   peak MB, with largest batch"
+    print(" " * 21 + header)
     for side, values in seconds.items():
         rate, ratio = spread_of([steps / s for s in values]), ratios(seconds["Trainer"], values)
-        peak = 0.0 if side == FLOOR else peak_of(side, name, data)
+        peak, largest = (
+            0.0 if side == FLOOR else peak_of(side, name, data, with_largest)
+            for with_largest in (False, True)
+        )
         result["sides"][side] = {
             "seconds": values,
             "steps_per_second": rate,
             "tokens_per_second": tokens / steps * rate["median"],
             "times_the_trainer": ratio,
             "peak_mb": peak,
+            "peak_mb_with_largest_batch": largest,
         }
         print(
             f"{side:18s} {rate['median']:6.2f} ({rate['min']:.2f}-{rate['max']:.2f}) "
             f"{tokens / steps * rate['median']:10.0f}   {ratio['median']:6.2f} "
-            f"({ratio['min']:.2f}-{ratio['max']:.2f}) {peak:12.0f}"
+            f"({ratio['min']:.2f}-{ratio['max']:.2f}) {peak:8.0f} {largest:8.0f}"
         )
     return result
 
@@ -184,10 +226,11 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=["minilm", "bert-base"])
     parser.add_argument("--steps", type=int, default=20, help="counted steps in a round")
     parser.add_argument("--peak", choices=["Trainer", *SIDES], help="print one side's peak memory")
+    parser.add_argument("--with-largest", action="store_true", help="for --peak")
     options = parser.parse_args()
     names = options.model or ["minilm", "bert-base"]
     if options.peak:
-        print_peak(options.peak, names[0], options.data)
+        print_peak(options.peak, names[0], options.data, options.with_largest)
         return
     for name in names:
         result = measure(name, options.data, options.rounds, options.steps)

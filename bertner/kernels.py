@@ -364,7 +364,7 @@ def _move_to_buffer(weight: Any) -> bool:
 
 def embedding(ids: Tensor, layer: nn.Embedding) -> Tensor:
     """(P,) ids to (P, D)."""
-    if torch.is_grad_enabled() and hasattr(layer.weight, "row_buffer"):
+    if torch.is_grad_enabled() and hasattr(layer.weight, "sparse_grad"):
         return _Embedding.apply(ids, layer.weight, layer.padding_idx)  # type: ignore[no-any-return, no-untyped-call]
     return layer(ids)  # type: ignore[no-any-return]
 
@@ -373,8 +373,8 @@ class _Embedding(torch.autograd.Function):
     """An embedding whose gradient is sparse: it has the rows of the batch alone.
 
     The dense gradient of bert-base's word embeddings is 89 MB to allocate, to fill with zeros and
-    to read again, of which a batch of 160 tokens needs half a megabyte. `optimizer_step` takes it
-    as it is.
+    to read again, of which a batch of 160 tokens needs half a megabyte. `optimizer.AdamW` takes
+    it as it is.
     """
 
     @staticmethod
@@ -407,11 +407,6 @@ def has_buffer(parameter: Tensor) -> bool:
     return hasattr(parameter, "grad_buffer")
 
 
-# Rows of an embedding of which one call of `optimizer_step` takes care: their gradient is small
-# enough to stay in the cache, and large enough to make little of the call.
-ROWS_PER_CALL = 2048
-
-
 @contextmanager
 def gradient_buffers(model: nn.Module) -> Iterator[None]:
     """Gives the gradients of a model's linear layers places that stay, and embeddings sparse ones.
@@ -420,7 +415,7 @@ def gradient_buffers(model: nn.Module) -> Iterator[None]:
     All else is as ever: `grad` is None after `zero_grad`, and backward adds to it. What else
     changes a linear layer's gradient in place (another term of the loss on the same weight, or
     noise added by hand) is not seen by `gradient_norm`: use no buffers then. Sparse gradients are
-    for CPUs only, and need `optimizer.optimizer_step`.
+    for CPUs only, and need `optimizer.AdamW`.
 
     Raises:
         RuntimeError: The model has buffers already.
@@ -441,7 +436,7 @@ def gradient_buffers(model: nn.Module) -> Iterator[None]:
         weight.grad_square = None
     for table in tables:
         table.grad = None
-        table.row_buffer = torch.zeros_like(table[:ROWS_PER_CALL])
+        table.sparse_grad = True
     try:
         yield
     finally:
@@ -450,7 +445,7 @@ def gradient_buffers(model: nn.Module) -> Iterator[None]:
             del weight.grad_buffer, weight.grad_square
         for table in tables:
             table.grad = None
-            del table.row_buffer
+            del table.sparse_grad
 
 
 def _weights(model: nn.Module, kind: type[nn.Module]) -> list[Any]:

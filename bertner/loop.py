@@ -35,7 +35,7 @@ from bertner.errors import NotFiniteError, UsageError
 from bertner.labels import IGNORE_INDEX, IntArray
 from bertner.metrics import EntityScores, score_entities
 from bertner.model import BertForNER, autocast, token_loss
-from bertner.optimizer import build_optimizer, clip, gradient_norm, optimizer_step
+from bertner.optimizer import build_optimizer, clip, gradient_norm
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def train(
                 rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                optimizer_step(optimizer)
+                optimizer.step()
 
                 # What follows only watches: it changes no weight.
                 num_tokens = int(dataset.row_lengths[all_rows].sum())

@@ -1,20 +1,30 @@
-"""AdamW for the loop: which parameters decay, clipping, and gradients of a table's rows alone."""
+"""AdamW for the loop: exactly PyTorch's, with state in one piece and tables stepped row by row.
+
+Shape legend: V rows of a table (an embedding's weight), D its width.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bertner.config import TrainConfig
 from bertner.kernels import sum_of_squares
 
+AVERAGES = ("exp_avg", "exp_avg_sq")
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019); biases and LayerNorm do not decay, as in BERT."""
+# Rows of a table in one call of the kernel: few enough that they stay in the cache from one
+# operation to the next, enough to make little of the calls.
+ROWS_PER_CALL = 1024
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """The optimizer of a run; biases and LayerNorm do not decay, as in BERT."""
     norms = {
         f"{name}.{parameter}"
         for name, module in model.named_modules()
@@ -25,7 +35,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (no_decay if name in norms or name.endswith("bias") else decay).append(parameter)
-    return torch.optim.AdamW(
+    return AdamW(
         [
             {"params": decay, "weight_decay": config.weight_decay},
             {"params": no_decay, "weight_decay": 0.0},
@@ -74,54 +84,160 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor, *, fol
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
-def optimizer_step(optimizer: torch.optim.AdamW) -> None:
-    """A step of fused AdamW, also for parameters with a sparse gradient.
+class AdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter, 2019), to the bit the fused one of PyTorch.
 
-    Those are updated as if it were dense, some rows in a call, for which their gradient is written
-    into a buffer of zeros. It is then set to None.
+    Two things differ. What it keeps for all parameters that start at the same step lies in one
+    piece of memory. And a parameter whose gradient is sparse is stepped as if it were dense, where
+    PyTorch's refuses it; such a gradient is None after the step. `state_dict` has PyTorch's form,
+    and reads it.
     """
-    sparse = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                sparse.append((parameter, parameter.grad, group))
-                parameter.grad = None  # AdamW would refuse it
-    optimizer.step()
-    with torch.no_grad():
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Takes a step; a closure is not supported."""
+        assert closure is None
+        fresh, sparse = [], []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    sparse.append((parameter, parameter.grad, group))
+                    parameter.grad = None  # PyTorch's would refuse it
+                    continue
+                self.state[parameter] = _in_full(self.state[parameter])
+                if not self.state[parameter]:
+                    fresh.append(parameter)
+        _start(fresh, self.state)
+        super().step()
         for parameter, grad, group in sparse:
-            _step_by_rows(optimizer, parameter, grad, group)
+            state = self.state[parameter]
+            if "table" not in state:
+                state = self.state[parameter] = _by_rows(state, parameter)
+            state["step"] += 1
+            scale = getattr(self, "grad_scale", None)
+            state["table"].step(parameter, grad, state["step"], group, scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As PyTorch's; averages of a table are spread out to all of its rows."""
+        result = super().state_dict()
+        result["state"] = {key: _in_full(state) for key, state in result["state"].items()}
+        return result
 
 
-def _step_by_rows(
-    optimizer: torch.optim.AdamW, parameter: Any, grad: Tensor, group: dict[str, Any]
-) -> None:
-    state, buffer = optimizer.state[parameter], parameter.row_buffer
-    if not state:  # as AdamW begins
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
-    state["step"] += 1
-    rows, values = grad.indices()[0], grad.values()
-    starts = range(0, len(parameter), len(buffer))
-    bounds = torch.searchsorted(rows, torch.tensor([*starts, len(parameter)])).tolist()
-    for start, (first, last) in zip(starts, itertools.pairwise(bounds), strict=True):
-        part = slice(start, start + len(buffer))
-        here = rows[first:last] - start
-        buffer[here] = values[first:last]
-        torch._fused_adamw_(
-            [parameter[part]],
-            [buffer[: len(parameter) - start]],
-            [state["exp_avg"][part]],
-            [state["exp_avg_sq"][part]],
-            [],
-            [state["step"]],
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-            grad_scale=getattr(optimizer, "grad_scale", None),
+def _start(parameters: Sequence[Tensor], states: Any) -> None:
+    """Gives parameters the state of step 0, as PyTorch's own first step would, but in one piece.
+
+    By itself that step allocates every average alone, in the gaps that the first batch has left in
+    memory, and the next batches then need memory of their own: 80 MB with bert-base.
+    """
+    if not parameters:
+        return
+    like = parameters[0]
+    for parameter in parameters:
+        states[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=like.device)
+    sizes = [-(-parameter.numel() // 16) * 16 for parameter in parameters]  # whole cache lines
+    for name in AVERAGES:
+        flat = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
+        for parameter, part in zip(parameters, torch.split(flat, sizes), strict=True):
+            states[parameter][name] = part[: parameter.numel()].view_as(parameter)
+
+
+def _by_rows(state: dict[str, Any], table: Tensor) -> dict[str, Any]:
+    """A table's state in PyTorch's form (or none yet) as one that keeps its rows in `_Rows`."""
+    result = {"step": state.get("step", torch.zeros(())), "table": _Rows(table)}
+    if state:
+        averages = [state[name] for name in AVERAGES]
+        result["table"].add(sum(average.ne(0).any(1) for average in averages).nonzero()[:, 0])
+        result["table"].fill(averages)
+    return result
+
+
+def _in_full(state: dict[str, Any]) -> dict[str, Any]:
+    """State in PyTorch's form; the inverse of `_by_rows`."""
+    if "table" not in state:
+        return state
+    return {"step": state["step"], **dict(zip(AVERAGES, state["table"].in_full(), strict=True))}
+
+
+class _Rows:
+    """AdamW's averages for those rows of a table that have had a gradient so far.
+
+    Of the others both averages are zero, and a step without weight decay leaves them as they are,
+    to the bit. So they need neither time nor memory: of a vocabulary of 30,000 pieces English
+    CoNLL-2003 has half, of a multilingual one a tenth.
+
+    Attributes:
+        rows: (R,) rows of the table, in the order in which they came.
+        averages: Two of (V, D); the first R rows are those of `rows`.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.rows = torch.zeros(0, dtype=torch.int64)
+        self._place = torch.full((len(table),), -1)  # in `rows`
+        # NumPy's zeros are the system's, which takes no memory for them until they are written to.
+        self.averages = [
+            torch.from_numpy(np.zeros(table.nbytes, np.uint8)).view(table.dtype).view(table.shape)
+            for _ in AVERAGES
+        ]
+        self._weights, self._grads = table.new_zeros(
+            2, min(ROWS_PER_CALL, len(table)), table.shape[1]
         )
-        buffer[here] = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Takes in rows that are not there yet."""
+        self._place[rows] = torch.arange(len(self.rows), len(self.rows) + len(rows))
+        self.rows = torch.cat([self.rows, rows])
+
+    def fill(self, averages: Sequence[Tensor]) -> None:
+        """Sets the averages of `rows` from those of the whole table, (V, D)."""
+        for mine, other in zip(self.averages, averages, strict=True):
+            mine[: len(self.rows)] = other[self.rows]
+
+    def in_full(self) -> list[Tensor]:
+        """The averages of the whole table, (V, D) each."""
+        return [
+            torch.zeros_like(mine).index_copy_(0, self.rows, mine[: len(self.rows)])
+            for mine in self.averages
+        ]
+
+    @torch.no_grad()
+    def step(
+        self, table: Tensor, grad: Tensor, step: Tensor, group: dict[str, Any], scale: Tensor | None
+    ) -> None:
+        """Steps the table with a sparse gradient, as PyTorch's kernel would with a dense one."""
+        ids = grad.indices()[0]
+        new = ids[self._place[ids] < 0]
+        if len(new):
+            self.add(new)
+        if group["weight_decay"]:
+            table.mul_(1 - group["lr"] * group["weight_decay"])
+        places, order = self._place[ids].sort()
+        values = grad.values()[order]
+        starts = range(0, len(self.rows), ROWS_PER_CALL)
+        bounds = torch.searchsorted(places, torch.tensor([*starts, len(self.rows)])).tolist()
+        for start, (first, last) in zip(starts, itertools.pairwise(bounds), strict=True):
+            rows = self.rows[start : start + ROWS_PER_CALL]
+            weights, grads = self._weights[: len(rows)], self._grads[: len(rows)]
+            exp_avg, exp_avg_sq = (a[start : start + len(rows)] for a in self.averages)
+            here = places[first:last] - start
+            torch.index_select(table, 0, rows, out=weights)
+            grads[here] = values[first:last]
+            torch._fused_adamw_(
+                [weights],
+                [grads],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [step],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=0.0,  # done
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+                grad_scale=scale,
+            )
+            table.index_copy_(0, rows, weights)
+            grads[here] = 0.0

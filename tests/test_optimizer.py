@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -13,7 +15,9 @@ from torch import nn
 from bertner import kernels
 from bertner.config import TrainConfig
 from bertner.model import BertForNER
-from bertner.optimizer import build_optimizer, clip, gradient_norm, optimizer_step
+from bertner.optimizer import ROWS_PER_CALL, AdamW, build_optimizer, clip, gradient_norm
+
+Pair = tuple[nn.Embedding, torch.optim.AdamW]
 
 
 def test_decay_is_left_out_where_the_trainer_leaves_it_out(model_folder: Path) -> None:
@@ -46,39 +50,125 @@ def test_clipping_folded_into_the_optimizer_is_clipping() -> None:
     assert not torch.allclose(run("folded"), run("unclipped"), rtol=1e-2)
 
 
-def test_a_sparse_gradient_is_stepped_as_a_dense_one() -> None:
-    """Three calls of rows and a remainder; rows that come and stay away; clipped or not."""
-    num_rows = 3 * kernels.ROWS_PER_CALL + 5
+def run_pair(weight_decay: float, num_steps: int = 6) -> tuple[Pair, Pair]:
+    """A table stepped with sparse gradients, and its twin by PyTorch with the same, but dense."""
+    num_rows, width = 3 * ROWS_PER_CALL + 5, 16
     torch.manual_seed(0)
-    table = nn.Embedding(num_rows, 16)
+    table = nn.Embedding(num_rows, width)
     twin = copy.deepcopy(table)
-    settings: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3, "betas": (0.8, 0.95), "fused": True}
-    optimizers = [torch.optim.AdamW(each.parameters(), **settings) for each in (table, twin)]
+    settings: dict[str, Any] = {"weight_decay": weight_decay, "betas": (0.8, 0.95), "fused": True}
+    ours, theirs = (
+        AdamW(table.parameters(), **settings),
+        torch.optim.AdamW(twin.parameters(), **settings),
+    )
     with kernels.gradient_buffers(table):
-        for step in range(5):
-            for optimizer in optimizers:
+        for step in range(num_steps):
+            for optimizer in (ours, theirs):
                 optimizer.zero_grad()
                 optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
-            for _ in range(1 + step % 2):  # micro-batches
-                ids = torch.randint(0, num_rows, (40,))
-                ids[:4], ids[4:6] = num_rows - 1, ids[6:8]
-                grad = torch.randn(40, 16)
-                kernels.embedding(ids, table).backward(grad)  # type: ignore[no-untyped-call]
-                twin(ids).backward(grad)
-            assert table.weight.grad is not None
-            assert twin.weight.grad is not None
-            assert table.weight.grad.is_sparse
-            assert torch.allclose(table.weight.grad.to_dense(), twin.weight.grad, atol=1e-6)
-            for each, optimizer in zip((table, twin), optimizers, strict=True):
-                norm = gradient_norm([each.weight])
+            ids = torch.randint(0, num_rows, (700 * step + 5,))
+            ids[:5] = torch.tensor([3, 3, num_rows - 1, 4, 3])
+            hidden = kernels.embedding(ids, table)
+            hidden.backward(torch.randn(len(ids), width))  # type: ignore[no-untyped-call]
+            grad = table.weight.grad
+            assert grad is not None
+            assert grad.is_sparse
+            twin.weight.grad = grad.to_dense()
+            norm = gradient_norm([table.weight])
+            for optimizer in (ours, theirs):
                 clip(optimizer, (1e9, 0.5)[step % 2], norm, fold=True)
-            optimizer_step(optimizers[0])
-            optimizers[1].step()
-            assert table.weight.grad is None
-            assert not table.weight.row_buffer.any(), "left as it was found"  # type: ignore[attr-defined]
-            assert torch.allclose(table.weight, twin.weight, rtol=1e-6, atol=1e-7)
-    ours, theirs = (optimizer.state_dict()["state"][0] for optimizer in optimizers)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-7), name
-        assert ours[name].dtype == theirs[name].dtype
+                optimizer.step()
+            assert torch.equal(table.weight, twin.weight), step
+        assert [each.weight.grad is None for each in (table, twin)] == [True, False]
+    return (table, ours), (twin, theirs)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_a_sparse_gradient_is_stepped_as_a_dense_one(weight_decay: float) -> None:
+    """In every bit: several calls of rows, rows that come and stay away, clipped or not."""
+    (_, ours), (_, theirs) = run_pair(weight_decay)
+    found, expected = (optimizer.state_dict()["state"][0] for optimizer in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+        assert found[name].dtype == expected[name].dtype
+
+
+def test_rows_without_a_gradient_have_no_averages() -> None:
+    (table, ours), (_, theirs) = run_pair(0.3)
+    used = theirs.state_dict()["state"][0]["exp_avg_sq"].ne(0).any(1).nonzero()[:, 0]
+    rows = ours.state[table.weight]["table"].rows
+    assert len(rows) < len(table.weight)
+    assert torch.equal(rows.sort().values, used)
+
+
+def test_state_goes_to_pytorch_and_back() -> None:
+    """Saved after some steps by either, it is carried on by either, with gradients of any kind."""
+    settings: dict[str, Any] = {"lr": 0.01, "fused": True}
+    results = []
+    for after in itertools.product(run_pair(0.0), (AdamW, torch.optim.AdamW), (True, False)):
+        (table, saved), kind, is_sparse = after
+        if kind is torch.optim.AdamW and is_sparse:
+            continue  # which is what it cannot do
+        table = copy.deepcopy(table)
+        optimizer = kind(table.parameters(), **settings)
+        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+        for ids in (torch.tensor([3, 9, 9]), torch.tensor([9, 1000])):
+            grad = torch.zeros_like(table.weight)
+            grad[ids] = 0.5
+            table.weight.grad = grad.to_sparse(1) if is_sparse else grad
+            optimizer.step()
+        results.append((table.weight.detach(), optimizer.state_dict()["state"][0]))
+    assert len(results) == 6
+    for weight, state in results[1:]:
+        assert torch.equal(weight, results[0][0])
+        assert all(torch.equal(state[name], results[0][1][name]) for name in state)
+
+
+def test_gradients_may_change_their_kind() -> None:
+    (table, ours), (twin, theirs) = run_pair(0.0, 3)
+    for is_sparse in (False, True, False):
+        grad = torch.zeros_like(table.weight)
+        grad[7:40] = 0.5
+        twin.weight.grad = grad
+        table.weight.grad = grad.to_sparse(1) if is_sparse else grad.clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(table.weight, twin.weight)
+
+
+def test_state_lies_in_one_piece() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    twin = copy.deepcopy(model)
+    ours = AdamW(model.parameters(), fused=True)
+    theirs = torch.optim.AdamW(twin.parameters(), fused=True)
+    x = torch.randn(4, 3)
+    twin[1].weight.requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    for step in range(4):
+        if step == 2:  # one that starts later
+            for each in (model, twin):
+                each[1].weight.requires_grad_(True)
+        for each, optimizer in ((model, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            each(x).square().sum().backward()
+            optimizer.step()
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(mine, other)
+    assert ours.state_dict()["state"].keys() == theirs.state_dict()["state"].keys()
+    pieces = {ours.state[p]["exp_avg"].untyped_storage().data_ptr() for p in model.parameters()}
+    assert len(pieces) == 2
+
+
+def test_a_row_whose_mean_is_zero_keeps_its_square() -> None:
+    table = nn.Embedding(8, 4)
+    optimizer = AdamW(table.parameters(), fused=True)
+    state = {name: torch.zeros(8, 4) for name in ("exp_avg", "exp_avg_sq")}
+    state["exp_avg_sq"][5] = 1.0
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict({**saved, "state": {0: {"step": torch.tensor(3.0), **state}}})
+    table.weight.grad = torch.ones(8, 4).to_sparse(1)
+    optimizer.step()
+    squares = optimizer.state_dict()["state"][0]["exp_avg_sq"]
+    assert torch.allclose(squares[:5], torch.tensor(0.001))
+    assert torch.allclose(squares[5], torch.tensor(1.0))
