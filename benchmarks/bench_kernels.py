@@ -98,7 +98,7 @@ def measure(rounds: int, stack: ExitStack) -> None:
     cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "dropout of hidden states: masks in bulk": (
             lambda: F.dropout(x, 0.1),
-            lambda: x * masks.draw(x.shape, 0.1),
+            lambda: masks.drop(x, 0.1),
         ),
         "linear layer: gradient in a lasting buffer": (
             forward_backward(plain, lambda: all_of(plain, lambda f: f(x)), wide),

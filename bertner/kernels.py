@@ -13,7 +13,7 @@ import ctypes
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -60,13 +60,43 @@ class KeepMasks:
         """A float32 tensor of zeros, with probability `p`, and 1 / (1 - p)."""
         if self.device.type != "cpu":
             return F.dropout(torch.ones(*shape, device=self.device), p)
+        return _keep(self._draw_units(shape), p)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """Dropout of `x`."""
+        if self.device.type != "cpu":
+            return F.dropout(x, p)
+        result: Tensor = _Drop.apply(x, self._draw_units(x.shape), p)  # type: ignore[no-untyped-call]
+        return result
+
+    def _draw_units(self, shape: Sequence[int]) -> Tensor:
+        """int16, uniform over all values."""
         num_units = math.prod(shape)
         words: Any = self.bits.random_raw(-(-num_units // 4))
-        units = torch.from_numpy(words.view(np.int16)[:num_units])  # uniform over 16 bits
-        drop = round(p * 65536)
-        scale = 65536 / (65536 - drop) if drop < 65536 else 0.0
-        keep = torch.empty(num_units)
-        return torch.ge(units, drop - 32768, out=keep).mul_(scale).view(*shape)
+        return torch.from_numpy(words.view(np.int16)[:num_units]).view(*shape)
+
+
+def _keep(units: Tensor, p: float) -> Tensor:
+    """What `KeepMasks.draw` describes, for random 16-bit integers."""
+    drop = round(p * 65536)
+    scale = 65536 / (65536 - drop) if drop < 65536 else 0.0
+    return torch.ge(units, drop - 32768, out=torch.empty(units.shape)).mul_(scale)
+
+
+class _Drop(torch.autograd.Function):
+    """Dropout that keeps its random integers for backward: half the size of a float32 mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, units: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(units)
+        ctx.p = p
+        return _keep(units, p).to(x.dtype).mul_(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (units,) = ctx.saved_tensors
+        return _keep(units, ctx.p).to(grad.dtype).mul_(grad), None, None
 
 
 @dataclass(frozen=True)
@@ -266,7 +296,10 @@ def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     if not torch.is_grad_enabled():
         return _product(x, weight, bias)[0]
     if all(map(has_buffer, weights)):
-        result: Tensor = _Linear.apply(x, weight, bias, *weights, *biases)  # type: ignore[no-untyped-call]
+        recipe = getattr(x, "recipe", None)
+        if recipe is not None and x._version != recipe.version:
+            recipe = None  # changed in place since
+        result: Tensor = _Linear.apply(x, recipe, weight, bias, *weights, *biases)  # type: ignore[no-untyped-call]
         return result
     return torch.cat([_product(x, layer.weight, layer.bias)[0] for layer in layers], dim=-1)
 
@@ -303,11 +336,42 @@ class _Rounding:
             return x
         return x.to(self.dtype).float() if self.emulates else x.to(self.dtype)
 
+    def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Calls a function as autocast does."""
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
+            return function(x)
+
     def result(self, x: Tensor) -> Tensor:
         return x if self.dtype is None else x.to(self.dtype)
 
 
 _EXACT = _Rounding(None, False)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a tensor came to be; `version` tells whether it still is what came out."""
+
+    function: Callable[[Tensor], Tensor]
+    x: Tensor
+    version: int
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Applies a function whose result `linear` shall not keep for backward, but compute again.
+
+    The backward of an activation or of LayerNorm keeps the input; where the linear layer after it
+    keeps the result besides, that takes a third of all that a step keeps.
+
+    Args:
+        function: Takes little time beside a product, and gives the same when called again.
+        x: (P, K).
+    """
+    result: Any = function(x)
+    if torch.is_grad_enabled():
+        again = getattr(function, "forward", function)  # of a module, past its hooks
+        result.recipe = _Recipe(again, x, result._version)
+    return result  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -318,9 +382,17 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        recipe: _Recipe | None,
+        weight: Tensor,
+        bias: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
         result, factor, ctx.rounded = _product(x, weight, bias)
-        ctx.save_for_backward(factor)
+        ctx.function = recipe and recipe.function
+        ctx.save_for_backward(recipe.x if recipe else factor)
         ctx.weight, ctx.parameters, ctx.dtype = weight, parameters, x.dtype
         return result
 
@@ -328,6 +400,8 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        if ctx.function is not None:
+            x = ctx.rounded.factor(ctx.rounded.apply(ctx.function, x))
         half = len(ctx.parameters) // 2
         weights, biases = ctx.parameters[:half], ctx.parameters[half:]
         grad = ctx.rounded.factor(grad)
@@ -351,7 +425,7 @@ class _Linear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.rounded.result(grad @ ctx.rounded.factor(ctx.weight)).to(ctx.dtype)
-        return grad_x, None, None, *[None] * half, *grad_biases
+        return grad_x, None, None, None, *[None] * half, *grad_biases
 
 
 def _move_to_buffer(weight: Any) -> bool:

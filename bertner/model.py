@@ -166,8 +166,8 @@ class BertResidual(nn.Module):
         """(B, T, in_size) and (B, T, D) to (B, T, D), or the same packed."""
         if isinstance(layout, Packing):
             projected = layout.dropout(kernels.linear(sublayer_output, self.dense), self.dropout.p)
-        else:
-            projected = self.dropout(self.dense(sublayer_output))
+            return kernels.recomputed(self.LayerNorm, projected.add_(sublayer_input))
+        projected = self.dropout(self.dense(sublayer_output))
         return cast(Tensor, self.LayerNorm(projected + sublayer_input))
 
 
@@ -198,9 +198,8 @@ class BertIntermediate(nn.Module):
         """(B, T, D) to (B, T, intermediate_size), or the same packed."""
         if isinstance(layout, Packing):
             wide = kernels.linear(hidden_states, self.dense)
-        else:
-            wide = self.dense(hidden_states)
-        return cast(Tensor, self.intermediate_act_fn(wide))
+            return kernels.recomputed(self.intermediate_act_fn, wide)
+        return cast(Tensor, self.intermediate_act_fn(self.dense(hidden_states)))
 
 
 class BertLayer(nn.Module):

@@ -157,7 +157,7 @@ class Packing:
         """Drops units of `x`, in training."""
         if self.dropout_masks is None or p == 0.0:
             return x
-        return x * self.dropout_masks.draw(x.shape, p).to(x.dtype)
+        return self.dropout_masks.drop(x, p)
 
     def places(self, num_heads: int) -> HeadPlaces:
         """The same for all layers, so made once."""

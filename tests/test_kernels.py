@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,16 @@ from torch import nn
 
 from bertner import kernels
 from bertner.errors import UsageError
-from bertner.kernels import KeepMasks, Products, choose_products, linear, multiply_by, stack
+from bertner.kernels import (
+    KeepMasks,
+    Products,
+    choose_products,
+    linear,
+    multiply_by,
+    recomputed,
+    stack,
+)
+from bertner.model import autocast
 
 CPU = torch.device("cpu")
 
@@ -48,6 +60,89 @@ def test_masks_follow_the_global_seed() -> None:
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
     assert not torch.equal(*draw(1).chunk(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_the_same_units_of_the_gradient(dtype: torch.dtype) -> None:
+    def masks() -> KeepMasks:
+        torch.manual_seed(3)
+        return KeepMasks(CPU)
+
+    keep = masks().draw((7, 9), 0.3)
+    x = torch.randn(7, 9, dtype=dtype, requires_grad=True)
+    dropped = masks().drop(x, 0.3)
+    grad = torch.randn(7, 9, dtype=dtype)
+    dropped.backward(grad)  # type: ignore[no-untyped-call]
+    assert torch.equal(dropped, x * keep.to(dtype))
+    assert x.grad is not None
+    assert torch.equal(x.grad, grad * keep.to(dtype))
+
+
+def saved_bytes(work: Callable[[], torch.Tensor]) -> int:
+    """What autograd keeps of some work, each tensor counted once."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = work()
+    del result
+    return sum(sizes.values())
+
+
+def running_sums(x: torch.Tensor) -> torch.Tensor:
+    """A function whose result autocast rounds."""
+    return x @ torch.ones(64, 64).tril()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("function", [F.gelu, nn.LayerNorm(64), nn.PReLU(), running_sums], ids=str)
+def test_a_recomputed_input_is_not_kept(function: Any, dtype: str) -> None:
+    torch.manual_seed(0)
+    layer, function = nn.Linear(64, 8), copy.deepcopy(function)
+    x = torch.randn(1000, 64, requires_grad=True)
+    if isinstance(function, nn.LayerNorm):
+        nn.init.normal_(function.weight)
+    leaves = [x, *layer.parameters(), *getattr(function, "parameters", list)()]
+
+    def gradients(apply: Callable[[Any, torch.Tensor], torch.Tensor]) -> list[torch.Tensor | None]:
+        with autocast(CPU, dtype):
+            linear(apply(function, x), layer).float().square().sum().backward()  # type: ignore[no-untyped-call]
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return [grad if grad is None else grad.clone() for grad in found]
+
+    with kernels.gradient_buffers(layer):
+        kept = saved_bytes(lambda: linear(function(x), layer))
+        less = saved_bytes(lambda: linear(recomputed(function, x), layer))
+        assert kept - less == (0 if function is running_sums else x.nbytes)  # which keeps no input
+        expected = gradients(lambda function, x: function(x))
+        for mine, other in zip(gradients(recomputed), expected, strict=True):
+            assert mine is not None
+            assert other is not None
+            assert torch.equal(mine, other)
+
+
+def test_a_result_that_was_changed_is_kept() -> None:
+    layer = nn.Linear(4, 3)
+    x = torch.randn(5, 4, requires_grad=True)
+    with kernels.gradient_buffers(layer):
+        changed = recomputed(torch.sin, x).mul_(3.0)
+        linear(changed, layer).sum().backward()  # type: ignore[no-untyped-call]
+        assert layer.weight.grad is not None
+        assert torch.allclose(layer.weight.grad, changed.sum(0).expand(3, 4))
+
+
+def test_hooks_see_a_recomputed_module_once() -> None:
+    layer, norm, calls = nn.Linear(4, 3), nn.LayerNorm(4), []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    with kernels.gradient_buffers(layer):
+        x = torch.randn(5, 4, requires_grad=True)
+        linear(recomputed(norm, x), layer).sum().backward()  # type: ignore[no-untyped-call]
+    assert calls == [1]
 
 
 def test_stacked_layers_keep_values_and_names() -> None:
