@@ -116,7 +116,7 @@ def measure(rounds: int, stack: ExitStack) -> None:
         ),
         "squares of gradients: a product of vectors": (
             lambda: torch._foreach_norm(gradients),
-            lambda: [kernels._square(each) for each in gradients],
+            lambda: [kernels.sum_of_squares(each) for each in gradients],
         ),
         "attention with dropout: in blocks": (
             lambda: sdpa(qkv, 12, mask).backward(grad),  # type: ignore[no-untyped-call]
