@@ -1,4 +1,4 @@
-"""What each primitive of `bertner.kernels` gains over PyTorch's default, interleaved.
+"""What each primitive of the hot path gains over PyTorch's default, interleaved.
 
     python -m benchmarks.bench_kernels
 
@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from benchmarks.machine import write_result
 from bertner import kernels
 from bertner.attention import attention_packed
 from bertner.kernels import KeepMasks
+from bertner.optimizer import AdamW
 from bertner.packing import Packing
 
 CPU = torch.device("cpu")
@@ -54,6 +56,12 @@ def forward_backward(
         forward().backward(grad)  # type: ignore[no-untyped-call]
 
     return run
+
+
+def step(optimizer: torch.optim.Optimizer, weight: nn.Parameter, grad: Tensor) -> None:
+    """A step with a gradient."""
+    weight.grad = grad
+    optimizer.step()
 
 
 def main() -> None:
@@ -95,6 +103,14 @@ def measure(rounds: int, stack: ExitStack) -> None:
     def all_of(layers: nn.ModuleList, apply: Callable[[nn.Module], Tensor]) -> Tensor:
         return sum((apply(layer) for layer in layers), torch.zeros(()))
 
+    settings: dict[str, Any] = {"lr": 2e-5, "weight_decay": 0.01, "fused": True}
+    dense = torch.optim.AdamW(table.parameters(), **settings)
+    by_rows = AdamW(hot_table.parameters(), **settings)
+    dense_grad = torch.zeros_like(table.weight).index_fill_(0, ids, 1.0)
+    sparse_grad = dense_grad.to_sparse(1)
+    seen = torch.zeros_like(dense_grad).index_fill_(0, torch.randperm(len(table.weight))[::2], 1.0)
+    step(by_rows, hot_table.weight, seen.to_sparse(1))
+
     cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "dropout of hidden states: masks in bulk": (
             lambda: F.dropout(x, 0.1),
@@ -113,6 +129,10 @@ def measure(rounds: int, stack: ExitStack) -> None:
         "word embeddings: gradient of the batch's rows": (
             forward_backward([table], lambda: table(ids), grad),
             forward_backward([hot_table], lambda: kernels.embedding(ids, hot_table), grad),
+        ),
+        "AdamW of word embeddings, half of them seen": (
+            lambda: step(dense, table.weight, dense_grad),
+            lambda: step(by_rows, hot_table.weight, sparse_grad),
         ),
         "squares of gradients: a product of vectors": (
             lambda: torch._foreach_norm(gradients),
