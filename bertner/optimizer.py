@@ -90,7 +90,7 @@ class AdamW(torch.optim.AdamW):
     Two things differ. What it keeps for all parameters that start at the same step lies in one
     piece of memory. And a parameter whose gradient is sparse is stepped as if it were dense, where
     PyTorch's refuses it; such a gradient is None after the step. `state_dict` has PyTorch's form,
-    and reads it.
+    and reads it. `amsgrad` and `maximize` are not supported.
     """
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
