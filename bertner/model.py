@@ -166,7 +166,10 @@ class BertResidual(nn.Module):
         """(B, T, in_size) and (B, T, D) to (B, T, D), or the same packed."""
         if isinstance(layout, Packing):
             projected = layout.dropout(kernels.linear(sublayer_output, self.dense), self.dropout.p)
-            return kernels.recomputed(self.LayerNorm, projected.add_(sublayer_input))
+            # In place, unless autocast has rounded one of them alone.
+            same = projected.dtype == sublayer_input.dtype
+            total = projected.add_(sublayer_input) if same else projected + sublayer_input
+            return kernels.recomputed(self.LayerNorm, total)
         projected = self.dropout(self.dense(sublayer_output))
         return cast(Tensor, self.LayerNorm(projected + sublayer_input))
 

@@ -133,6 +133,23 @@ def test_logits_and_every_gradient(lengths: list[int], with_buffers: bool, stack
         assert abs(norm - norms.norm()) <= 1e-5 * norm
 
 
+def test_autocast_rounds_the_same_sums() -> None:
+    """The residual stream of packed rows has the types that it has in padded ones."""
+    model = small_model(3).eval()
+    rows = rows_of([5, 9], seed=2)
+    types: list[torch.dtype] = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
+    for batch in (padded(rows), packed(rows)):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            model(**batch)
+    half = len(types) // 2
+    assert half > 2
+    assert types[:half] == types[half:]
+    assert torch.float32 in types
+
+
 def assert_same_gradients(model: BertForNER, reference: BertForNER) -> None:
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None) == (not theirs.requires_grad), name
