@@ -35,11 +35,11 @@ import torch
 
 from benchmarks.common import MINILM, seconds_of
 from benchmarks.machine import write_result
-from bertner.batches import pack, step_batches
-from bertner.checkpoint import read_json
+from bertner.batches import pack, steps_from
 from bertner.config import BertConfig, TrainConfig
 from bertner.data import prepare
 from bertner.data_cache import prepare_file
+from bertner.files import read_json
 from bertner.hub import find_model
 from bertner.loop import train
 from bertner.model import BertForNER
@@ -160,11 +160,11 @@ def child(path: Path) -> None:
     growth, stays = _memory("VmHWM") - before, _memory("VmRSS") - before
 
     start = time.perf_counter()
-    batches = step_batches(len(dataset), BATCH_SIZE, 1, 0, 0)
-    steps = list(itertools.islice(batches, NUM_BATCHES))
+    config = TrainConfig(per_device_train_batch_size=BATCH_SIZE)
+    steps = list(itertools.islice(steps_from(0, len(dataset), config), NUM_BATCHES))
     epoch_start = time.perf_counter() - start
     start = time.perf_counter()
-    for (rows,) in steps:
+    for _, (rows,) in steps:
         pack(dataset, rows, torch.device("cpu"))
     batch_seconds = (time.perf_counter() - start) / len(steps)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bertner.run import processor_name
+from bertner.record import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bertner.config import TrainConfig
 from bertner.data import TokenDataset
 from bertner.labels import IGNORE_INDEX, IntArray
 
@@ -159,11 +160,27 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> IntArray:
     return torch.randperm(num_rows, generator=generator).numpy()
 
 
-def step_batches(
-    num_rows: int, batch_size: int, accumulation: int, seed: int, epoch: int
-) -> Iterator[list[IntArray]]:
-    """Yields, for each optimizer step of an epoch, the rows of its micro-batches."""
-    order = epoch_order(num_rows, seed, epoch)
-    micro_batches = [order[i : i + batch_size] for i in range(0, num_rows, batch_size)]
-    for i in range(0, len(micro_batches), accumulation):
-        yield micro_batches[i : i + accumulation]
+def steps_from(
+    first: int, num_rows: int, config: TrainConfig
+) -> Iterator[tuple[int, list[IntArray]]]:
+    """Yields each optimizer step from `first` (from 0) on, without end: the rows of its batches.
+
+    Args:
+        first: The first step; what comes before it is not computed.
+        num_rows: Rows in the training data.
+        config: Seed, batch size and accumulation.
+
+    Yields:
+        The step, and for each of its micro-batches the rows.
+    """
+    batch_size = config.per_device_train_batch_size
+    accumulation = config.gradient_accumulation_steps
+    epoch, position = divmod(first, config.steps_per_epoch(num_rows))
+    step = first
+    while True:
+        order = epoch_order(num_rows, config.seed, epoch)
+        micro_batches = [order[i : i + batch_size] for i in range(0, num_rows, batch_size)]
+        for i in range(position * accumulation, len(micro_batches), accumulation):
+            yield step, micro_batches[i : i + accumulation]
+            step += 1
+        epoch, position = epoch + 1, 0

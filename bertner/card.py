@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -36,6 +37,7 @@ class RunFacts:
         kept_step: Step of the kept weights.
         versions: Library versions by name.
         device: What it ran on.
+        resumes: Each time that the run was carried on (see `record.run_record`).
     """
 
     config: TrainConfig
@@ -53,6 +55,7 @@ class RunFacts:
     kept_step: int
     versions: Mapping[str, str]
     device: str
+    resumes: Sequence[Mapping[str, Any]] = ()
 
 
 def model_card(facts: RunFacts) -> str:
@@ -250,6 +253,12 @@ def _procedure(facts: RunFacts) -> str:
         f"- time: {result.runtime:.0f} s in all, {result.steps_per_second:.2f} steps/s, "
         f"{result.tokens_per_second:,.0f} tokens/s without padding",
         f"- mean training loss: {result.loss:.4f}",
+    ]
+    lines += [
+        f"- carried on after step {resume['step']} with differences: "
+        + "; ".join(resume["differences"])
+        for resume in facts.resumes
+        if resume["differences"]
     ]
     table = _table(TABLE_COLUMNS, facts.rows) if facts.rows else "Not evaluated during training."
     return (

@@ -1,259 +1,69 @@
-"""Model files in the Hugging Face layout, in and out, and the checkpoint folders of a run.
+"""The checkpoints of a run: folders that are whole or not there, and checked before they are read.
 
-Reading never runs code from a file and never copies a tensor before its name and shape are checked.
-All that bertner knows of other people's naming habits is in `canonical_name`.
+A checkpoint is a complete model folder and the training state beside it: no pickle anywhere. Its
+manifest has the size and the SHA-256 of every file and is written last. The folder gets its name
+when all of it has come to the disk, and only then are older ones removed: so whenever a process or
+a machine stops, what is found next is the old checkpoint or the new one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
-import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bertner.config import BertConfig
-from bertner.errors import ModelError, StorageError
+from bertner import files
+from bertner.errors import CheckpointError, ModelError, StorageError
+from bertner.files import UnsafeFileError, write_json
+from bertner.weights import TensorFile, tensor_chunks
 
-Shape = tuple[int, ...]
+logger = logging.getLogger("bertner")
 
-_FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names
+MANIFEST = "manifest.json"
+STATE = "training_state.json"
+OPTIMIZER = "optimizer.safetensors"
+METRICS = "metrics.jsonl"
+WEIGHTS = "model.safetensors"
 
+# All that a manifest names, and all that is ever read of a checkpoint.
+CHECKPOINT_FILES = (
+    "config.json",
+    WEIGHTS,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    OPTIMIZER,
+    STATE,
+    METRICS,
+)
 
-def canonical_name(name: str) -> str | None:
-    """The name that `transformers` gives today to a tensor of a BERT checkpoint.
+_FORMAT = 1  # of the training state; another one is not read
+_MAX_MANIFEST_BYTES = 1 << 16
+_MAX_STATE_BYTES = 1 << 26  # it grows with the number of evaluations
+_MAX_METRICS_BYTES = 1 << 32
 
-    Handles names from before `LayerNorm.weight` (`gamma`, `beta`) and checkpoints of the bare
-    encoder (no `bert.` prefix). None for what a token classifier has no use for: the pretraining
-    heads (`cls.*`), the pooler, and the position ids that old releases saved.
-    """
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-    name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-    if name.startswith(("embeddings.", "encoder.", "pooler.")):
-        name = "bert." + name
-    if name.startswith(("cls.", "bert.pooler.")) or name.endswith(".position_ids"):
-        return None
-    return name
-
-
-class Weights:
-    """The tensors of a model folder: names and shapes at once, contents when asked for.
-
-    Attributes:
-        shapes: Shape of each tensor by its canonical name.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Opens the weights in `folder`.
-
-        Takes `model.safetensors`, sharded safetensors, `pytorch_model.bin` or sharded `.bin`, in
-        this order.
-
-        Raises:
-            ModelError: There are none, or a file is damaged or unsafe.
-        """
-        self.shapes: dict[str, Shape] = {}
-        self._read: dict[str, Callable[[], Tensor]] = {}
-        for path in _weight_files(folder):
-            if path.suffix == ".safetensors":
-                self._add_safetensors(path)
-            else:
-                self._add_pickle(path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The tensor as float32, in memory of its own rather than mapped from the file."""
-        return self._read[name]().to(torch.float32, copy=True)
-
-    def _add(
-        self, path: Path, raw: str, shape: Shape, is_floating: bool, read: Callable[[], Tensor]
-    ) -> None:
-        name = canonical_name(raw)
-        if name is None:
-            return
-        if name in self.shapes:
-            raise ModelError(f"holds {name} twice", path)
-        if not is_floating:
-            raise ModelError(f"{name} holds integers; quantised weights cannot be trained", path)
-        self.shapes[name] = shape
-        self._read[name] = read
-
-    def _add_safetensors(self, path: Path) -> None:
-        try:
-            # The handle stays open as long as a reader of one of its tensors does.
-            file: Any = safe_open(path, framework="pt")
-            for raw in file.keys():  # noqa: SIM118 - not a mapping
-                part = file.get_slice(raw)
-                is_floating = part.get_dtype() in _FLOATING
-                read = lambda raw=raw: file.get_tensor(raw)  # noqa: E731
-                self._add(path, raw, tuple(part.get_shape()), is_floating, read)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"not a readable safetensors file: {error}", path) from None
-
-    def _add_pickle(self, path: Path) -> None:
-        try:
-            # weights_only builds tensors and plain containers and refuses everything else.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a hostile or broken file provokes
-            reason = str(error).strip().split("\n", 1)[0]
-            raise ModelError(
-                "not loaded: not a plain file of tensors, or a pickle that would run code "
-                f"({type(error).__name__}: {reason[:200]})",
-                path,
-            ) from None
-        if not isinstance(content, dict):
-            raise ModelError(f"holds a {type(content).__name__}, not tensors by name", path)
-        for raw, tensor in content.items():
-            if not isinstance(raw, str) or not isinstance(tensor, Tensor):
-                raise ModelError(f"holds {raw!r}, which is no tensor", path)
-            read = lambda tensor=tensor: tensor  # noqa: E731
-            self._add(path, raw, tuple(tensor.shape), tensor.is_floating_point(), read)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if (folder / single).is_file():
-            return [folder / single]
-        if index.is_file():
-            mapping = read_json(index).get("weight_map")
-            if not isinstance(mapping, dict) or not mapping:
-                raise ModelError("has no weight_map", index)
-            names = sorted(set(map(str, mapping.values())))
-            for name in names:
-                if Path(name).name != name or Path(name).suffix != Path(single).suffix:
-                    raise ModelError(f"names {name!r}, which is not a weight file beside it", index)
-                if not (folder / name).is_file():
-                    raise ModelError(f"names {name}, which is missing", index)
-            return [folder / name for name in names]
-    raise ModelError(
-        "no weights: needs model.safetensors or pytorch_model.bin, whole or sharded", folder
-    )
-
-
-def check_weights(
-    found: Mapping[str, Shape], wanted: Mapping[str, Shape], folder: Path
-) -> tuple[list[str], list[str]]:
-    """Compares the tensors of a folder with those of a model, before any is copied.
-
-    Args:
-        found: Shapes by canonical name, in the folder.
-        wanted: Shapes by name, in the model.
-        folder: Named in errors.
-
-    Returns:
-        Names of the head's tensors that the folder does not have in this shape, and names in the
-        folder that are another model's head.
-
-    Raises:
-        ModelError: The encoder differs; every name that is missing, unexpected or of another shape
-            is in the message.
-    """
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
-    other_shape = [name for name in wanted if name in found and found[name] != wanted[name]]
-    problems = []
-    if bad := [name for name in missing if name.startswith("bert.")]:
-        problems.append(f"{len(bad)} missing: {', '.join(bad)}")
-    if bad := [name for name in unexpected if name.startswith("bert.")]:
-        problems.append(f"{len(bad)} unexpected: {', '.join(bad)}")
-    if bad := [name for name in other_shape if name.startswith("bert.")]:
-        shapes = [f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in bad]
-        problems.append(f"{len(bad)} of another shape than config.json says: {', '.join(shapes)}")
-    if problems:
-        others = [name for name in unexpected if not name.startswith("bert.")]
-        if others and len(others) == len(unexpected):
-            problems.append(f"the file holds instead: {', '.join(others)}")
-        raise ModelError(
-            f"the weights are not those of this BERT encoder; {'; '.join(problems)}", folder
-        )
-    head = [name for name in wanted if not name.startswith("bert.")]
-    new = [name for name in head if name in missing or name in other_shape]
-    return new, unexpected
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ModelError: The file is missing or is not one.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"has no {path.name}", path.parent) from None
-    except OSError as error:
-        raise ModelError(f"cannot be read: {error.strerror}", path) from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"not JSON: {error}", path) from None
-    if not isinstance(content, dict):
-        raise ModelError("must hold one JSON object", path)
-    return content
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON that people can read and compare; the file appears whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file; it appears whole or not at all."""
-    with _replacing(path) as temporary:
-        # File names need not be text: what is none comes out as an escape, which JSON has too.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_model(folder: Path, config: BertConfig, state: Mapping[str, Tensor]) -> None:
-    """Writes `config.json` and `model.safetensors` as `transformers` would.
-
-    Args:
-        folder: Made if it is missing.
-        config: The model's shape and labels.
-        state: Tensors by name; moved to the CPU.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be made: {error.strerror}") from None
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    path = folder / "model.safetensors"
-    with _replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        # safetensors makes files that only their owner may read; follow the user's umask instead.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-    write_json(folder / "config.json", config.to_dict())
-
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-STAGING = ".staging-"
+_NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
+# What is being written, and what is being removed; neither is ever read.
+LEFTOVERS = (".staging-checkpoint-*", ".removed-checkpoint-*")
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """The checkpoints of a run as (step, folder), oldest first."""
     found = []
     for folder in output_dir.glob("checkpoint-*"):
-        match = _CHECKPOINT.fullmatch(folder.name)
+        match = _NAME.fullmatch(folder.name)
         if match and folder.is_dir() and not folder.is_symlink():
             found.append((int(match[1]), folder))
     return sorted(found)
@@ -264,34 +74,267 @@ def save_checkpoint(
     step: int,
     write: Callable[[Path], None],
     *,
+    num_bytes: int = 0,
     keep: int | None = None,
     best_step: int | None = None,
 ) -> Path:
-    """Makes `checkpoint-<step>`: written aside, then renamed, so that it is whole or not there.
+    """Makes `checkpoint-<step>`, then removes those that are no longer to be kept.
 
     Args:
         output_dir: The run's folder.
         step: Optimizer steps done.
-        write: Fills the folder that it is given.
+        write: Makes the files in the folder that it is given (see `write_state`); what it makes
+            must have come to the disk when it returns.
+        num_bytes: About how much it will write.
         keep: How many of the newest checkpoints stay; None for all.
         best_step: A checkpoint that stays in any case.
+
+    Raises:
+        StorageError: The disk is full or fails; the checkpoints from before are still there.
     """
     final = output_dir / f"checkpoint-{step}"
-    staging = output_dir / f"{STAGING}{final.name}"
+    staging = output_dir / f".staging-{final.name}"
+    check_free_space(output_dir, num_bytes, final.name)
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        write(staging)
-        if final.exists():
-            shutil.rmtree(final)
-        staging.rename(final)
-        if keep is not None:
-            for old_step, folder in list_checkpoints(output_dir)[:-keep]:
-                if old_step != best_step:
-                    shutil.rmtree(folder)
+        try:
+            files.remove(staging)
+            files.make_new_folder(staging)
+            write(staging)
+            _write_manifest(staging, step)
+            files.sync_folder(staging)
+            if os.path.lexists(final):  # damaged, or of steps that are being done again
+                _remove_checkpoint(final)
+            files.move(staging, final)
+        except BaseException:
+            files.remove(staging)
+            raise
+        _prune(output_dir, step, keep, best_step)
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"{final}: cannot be written: {error}") from error
+        raise StorageError(f"{final}: cannot be written: {error.strerror or error}") from error
     return final
+
+
+def check_free_space(output_dir: Path, num_bytes: int, name: str) -> None:
+    """Raises StorageError if a checkpoint would not fit on the disk."""
+    free = files.free_bytes(output_dir)
+    if free < num_bytes:
+        raise StorageError(
+            f"{output_dir}: {name} needs {_in_megabytes(num_bytes)}, but only "
+            f"{_in_megabytes(free)} are free there; make room, or lower --save_total_limit"
+        )
+
+
+def _in_megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _prune(output_dir: Path, step: int, keep: int | None, best_step: int | None) -> None:
+    """Removes all but the newest; the one just written, of `step`, counts as the newest.
+
+    Later steps are from before the run went back to an earlier checkpoint, and now are history.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    newest = [old for old, _ in checkpoints if old <= step]
+    kept = {*(newest if keep is None else newest[-keep:]), best_step}
+    for old_step, folder in checkpoints:
+        if old_step > step:
+            logger.warning("%s is removed: the run went back and did other steps", folder)
+        if old_step > step or old_step not in kept:
+            _remove_checkpoint(folder)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """Takes the name away first, so that a half removed checkpoint is not taken for one."""
+    removed = folder.with_name(f".removed-{folder.name}")
+    files.remove(removed)
+    files.move(folder, removed)
+    files.remove(removed)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes what a killed process was writing or removing; for who holds the folder's lock."""
+    for pattern in LEFTOVERS:
+        for path in output_dir.glob(pattern):
+            files.remove(path)
+
+
+def write_state(
+    folder: Path, state: Mapping[str, Any], optimizer: Mapping[str, Tensor], metrics: bytes
+) -> None:
+    """Writes what a checkpoint has besides the model: for `save_checkpoint`.
+
+    Args:
+        folder: The one that is being made.
+        state: JSON values.
+        optimizer: Tensors by name.
+        metrics: The run's log so far.
+    """
+    files.write_file(folder / OPTIMIZER, tensor_chunks(optimizer))
+    files.write_file(folder / METRICS, [metrics])
+    write_json(folder / STATE, {"format": _FORMAT, **state, "metrics_bytes": len(metrics)})
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    entries: dict[str, Any] = {}
+    paths = sorted(folder.iterdir())
+    # Hashing lets other threads run, and reads what has been written, not what was meant to be.
+    with ThreadPoolExecutor(2) as pool:
+        for path, (size, sha256) in zip(paths, pool.map(_digest, paths), strict=True):
+            entries[path.name] = {"size": size, "sha256": sha256}
+    content = _manifest_bytes({"step": step, "files": entries})
+    files.write_file(folder / MANIFEST, [content])
+
+
+def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
+    """A manifest in the only form that is accepted: with its own hash, to the byte."""
+    sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    record = {"sha256": sha256, "content": content}
+    return json.dumps(record, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _digest(path: Path, size: int | None = None) -> tuple[int, str]:
+    """Size and SHA-256 of a file; reads nothing of it if it does not have the size.
+
+    Raises:
+        UnsafeFileError: It has another size, or is no plain file.
+        OSError: It is missing, or the disk fails.
+    """
+    digest = hashlib.sha256()
+    with files.open_regular(path, links=False) as descriptor:
+        found = os.fstat(descriptor).st_size
+        if size is not None and found != size:
+            raise UnsafeFileError(f"has {found:,} bytes instead of {size:,}")
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            buffer = memoryview(bytearray(1 << 20))
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+    return found, digest.hexdigest()
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Checks every file of a checkpoint against its manifest, before any of it is parsed.
+
+    Raises:
+        CheckpointError: It is not there, or not in every bit what was written.
+    """
+    with _damage(folder):
+        match = _NAME.fullmatch(folder.name)
+        if match is None:
+            raise CheckpointError(f"{folder}: no checkpoint; they are called checkpoint-<step>")
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+            raise UnsafeFileError("is not a folder")
+        manifest = files.read_bytes(folder / MANIFEST, _MAX_MANIFEST_BYTES, links=False)
+        content = files.parse_json(manifest).get("content")
+        if not isinstance(content, dict) or manifest != _manifest_bytes(content):
+            raise UnsafeFileError(f"{MANIFEST} is not as it was written")
+        if content["step"] != int(match[1]):
+            raise UnsafeFileError(f"is the checkpoint of step {content['step']}")
+        entries = content["files"]
+        if sorted(entries) != sorted(CHECKPOINT_FILES):
+            raise UnsafeFileError(f"{MANIFEST} names other files than a checkpoint has")
+
+        def check(name: str) -> None:
+            try:
+                _, sha256 = _digest(folder / name, entries[name]["size"])
+            except (OSError, UnsafeFileError) as error:
+                raise UnsafeFileError(f"{name}: {_reason(error)}") from None
+            if sha256 != entries[name]["sha256"]:
+                raise UnsafeFileError(f"{name} is not as it was written")
+
+        # Small files first: most damage is told at once.
+        names = sorted(CHECKPOINT_FILES, key=lambda name: int(entries[name]["size"]))
+        with ThreadPoolExecutor(2) as pool:
+            for _ in pool.map(check, names):
+                pass
+
+
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file of a checkpoint, and it can hold anything, is one error."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, ModelError) as error:
+        text = f"{folder}: damaged: {_reason(error)}"
+        raise CheckpointError(text.replace(f"{folder}: damaged: {folder}/", f"{folder}/")) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        name = Path(os.fsdecode(error.filename)).name if error.filename else "a file"
+        return f"{name} is missing"
+    return str(getattr(error, "strerror", None) or error)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        folder: Where it is.
+        step: Optimizer steps done.
+        state: The training state's JSON values.
+        weights: The model's tensors.
+        optimizer: The optimizer's tensors.
+        metrics: The run's log up to here.
+    """
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    weights: TensorFile
+    optimizer: TensorFile
+    metrics: bytes
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a checkpoint after `verify_checkpoint`.
+
+    Raises:
+        CheckpointError: It is damaged or unsafe, or of another release's form.
+    """
+    verify_checkpoint(folder)
+    with _damage(folder):
+        state = files.parse_json(files.read_bytes(folder / STATE, _MAX_STATE_BYTES, links=False))
+        if state.get("format") != _FORMAT:
+            raise ValueError(f"{STATE} has format {state.get('format')!r}; {_FORMAT} is read")
+        metrics = files.read_bytes(folder / METRICS, _MAX_METRICS_BYTES, links=False)
+        if state["metrics_bytes"] != len(metrics):
+            raise ValueError(f"{METRICS} is not that of {STATE}")
+        return Checkpoint(
+            folder=folder,
+            step=int(folder.name.rpartition("-")[2]),
+            state=state,
+            weights=TensorFile(folder / WEIGHTS),
+            optimizer=TensorFile(folder / OPTIMIZER),
+            metrics=metrics,
+        )
+
+
+def load_newest(output_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that is as it was written; None where there never was one.
+
+    Warns of each that is damaged, and of the steps that it costs.
+
+    Raises:
+        CheckpointError: There are some, and all are damaged.
+    """
+    damaged: list[int] = []
+    for step, folder in reversed(list_checkpoints(output_dir)):
+        try:
+            checkpoint = load_checkpoint(folder)
+        except CheckpointError as error:
+            damaged.append(step)
+            logger.warning("%s", error)
+            continue
+        if damaged:
+            lost = damaged[0] - step
+            logger.warning("going back to %s: %d steps are lost", folder.name, lost)
+        return checkpoint
+    if damaged:
+        raise CheckpointError(
+            f"{output_dir}: no checkpoint can be loaded: all {len(damaged)} are damaged\n"
+            "Start over with --overwrite_output_dir or another --output_dir, or put back a copy."
+        )
+    return None

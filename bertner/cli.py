@@ -56,7 +56,10 @@ def _train_parser() -> argparse.ArgumentParser:
         "bert-base-cased on CoNLL-2003, as in the published card.",
         epilog="A flag wins over --config, which wins over --recipe. In flags, - and _ are the "
         "same. Exit codes: 0 done, 2 usage, 65 bad data or model, 70 loss not finite, "
-        "73 output directory holds another run, 74 disk or network.",
+        "73 output directory in use or holds another run, 74 disk or network, 75 stopped by a "
+        "signal, with a verified checkpoint to carry on from, 76 no checkpoint can be loaded, "
+        "78 the run to carry on is not the same. The same command again carries an interrupted "
+        "run on.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -68,6 +71,12 @@ def _train_parser() -> argparse.ArgumentParser:
         help="the quickstart recipe on the sample corpus in this package; needs no network",
     )
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON or TOML file")
+    parser.add_argument(
+        "--verify",
+        metavar="DIR",
+        help="train nothing: check every checkpoint of the run in DIR, and do steps between two of "
+        "them again to compare; settings are those of the run",
+    )
     for item in dataclasses.fields(TrainConfig):
         names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
         kind = str(item.type).split(" ")[0]
@@ -117,10 +126,18 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
     """`bertner-train`."""
 
     def command() -> None:
+        given = vars(_train_parser().parse_args(arguments))
+        if "verify" in given:
+            if len(given) > 1:
+                raise UsageError("verify takes all settings from the run: give --verify DIR alone")
+            from bertner.verify import run_verification
+
+            run_verification(given["verify"])
+            return
         config, recipe = parse_train_config(arguments)
         from bertner.run import run_training
 
-        run_training(config, recipe)
+        run_training(config, recipe, sys.argv[1:] if arguments is None else arguments)
 
     return _guarded("bertner-train", command)
 

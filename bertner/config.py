@@ -284,6 +284,12 @@ class TrainConfig:
     metric_for_best_model: str = _option("f1", f"one of {' '.join(METRICS)}")
     output_dir: str = _option("bert-finetuned-ner", "folder for model, card, scores, checkpoints")
     overwrite_output_dir: bool = _option(False, "replace the run that output_dir holds")
+    resume_from_checkpoint: str | None = _option(
+        None, "checkpoint folder to carry on from (default: the newest in output_dir, if any)"
+    )
+    allow_inexact_resume: bool = _option(
+        False, "carry on though data, settings, versions or machine differ; it is recorded"
+    )
     disable_tqdm: bool = _option(False, "no progress bars")
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ class NotFiniteError(BertnerError, ArithmeticError):
 
 
 class OutputDirectoryError(BertnerError):
-    """The output directory already holds another run."""
+    """The output directory is in use, or holds another run."""
 
     exit_code = 73
 
@@ -60,3 +60,21 @@ class StorageError(BertnerError, OSError):
     """A disk or the network failed: nothing is wrong with what the user wrote."""
 
     exit_code = 74
+
+
+class RunStoppedError(BertnerError):
+    """A signal has stopped the run; a verified checkpoint is there to carry on from."""
+
+    exit_code = 75
+
+
+class CheckpointError(BertnerError):
+    """A checkpoint cannot be loaded: it is damaged, unsafe, or not there."""
+
+    exit_code = 76
+
+
+class ResumeMismatchError(BertnerError):
+    """Carrying on would not be the same run: something that it depends on has changed."""
+
+    exit_code = 78

@@ -156,7 +156,9 @@ def _set_precision(precision: str) -> None:
     torch.backends.mkldnn.matmul.fp32_precision = precision  # type: ignore[attr-defined]
 
 
-@lru_cache
+_chosen: dict[tuple[str, torch.device, str], Products] = {}
+
+
 def choose_products(matmul: str, device: torch.device, dtype: str) -> Products:
     """Finds the fastest way of multiplying matrices that is exact.
 
@@ -172,6 +174,21 @@ def choose_products(matmul: str, device: torch.device, dtype: str) -> Products:
     Raises:
         UsageError: "onednn" is asked for, but is not exact here, or not there at all.
     """
+    key = (matmul, device, dtype)
+    if key not in _chosen:
+        _chosen[key] = _measure_products(*key)
+    return _chosen[key]
+
+
+def keep_products(matmul: str, device: torch.device, dtype: str, products: Products) -> None:
+    """Makes `choose_products` answer what it answered before, in a process that has ended.
+
+    Another choice is as exact, but rounds otherwise.
+    """
+    _chosen[matmul, device, dtype] = products
+
+
+def _measure_products(matmul: str, device: torch.device, dtype: str) -> Products:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         if matmul == "onednn":
             raise UsageError(f"there is no oneDNN for {device.type} here; use --matmul default")

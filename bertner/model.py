@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from bertner import kernels
 from bertner.attention import ATTENTION, attention_mask_for, attention_packed
-from bertner.checkpoint import Weights, check_weights, read_json, save_model
 from bertner.config import BertConfig
 from bertner.errors import ModelError, UsageError
+from bertner.files import read_json
 from bertner.hub import find_model
 from bertner.labels import IGNORE_INDEX, LabelSet
 from bertner.packing import Packing
+from bertner.weights import Weights, check_weights, save_model
 
 logger = logging.getLogger("bertner")
 

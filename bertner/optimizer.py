@@ -6,7 +6,7 @@ Shape legend: V rows of a table (an embedding's weight), D its width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,6 +123,75 @@ class AdamW(torch.optim.AdamW):
         result = super().state_dict()
         result["state"] = {key: _in_full(state) for key, state in result["state"].items()}
         return result
+
+
+def named_state(optimizer: AdamW, model: nn.Module) -> dict[str, Tensor]:
+    """What the optimizer keeps, by the parameters' names; the tensors are its own.
+
+    A parameter has `<name>.step`, `<name>.exp_avg` and `<name>.exp_avg_sq`; of a table that is
+    stepped by rows, the averages are (R, D), those of the rows in `<name>.rows`, (R,). One that
+    has had no gradient yet has nothing.
+    """
+    result = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
+        result[f"{name}.step"] = state["step"]
+        if "table" in state:
+            table = state["table"]
+            result[f"{name}.rows"] = table.rows
+            averages = [average[: len(table.rows)] for average in table.averages]
+        else:
+            averages = [state[average] for average in AVERAGES]
+        result.update({f"{name}.{k}": v for k, v in zip(AVERAGES, averages, strict=True)})
+    return result
+
+
+def load_named_state(optimizer: AdamW, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `named_state` gave; the next step is the same, to the bit.
+
+    Names, shapes and types are compared before anything is copied.
+
+    Raises:
+        ValueError: The tensors are not those of this model's optimizer; nothing has changed.
+    """
+    whole, tables = [], []
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, parameter in model.named_parameters():
+        if f"{name}.step" not in tensors:
+            continue
+        wanted[f"{name}.step"] = (torch.float32, ())
+        shape = tuple(parameter.shape)
+        if f"{name}.rows" in tensors:
+            num_rows = min(tensors[f"{name}.rows"].numel(), len(parameter))
+            wanted[f"{name}.rows"] = (torch.int64, (num_rows,))
+            shape = (num_rows, *shape[1:])
+            tables.append((name, parameter))
+        else:
+            whole.append((name, parameter))
+        wanted.update({f"{name}.{average}": (parameter.dtype, shape) for average in AVERAGES})
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if wrong := sorted({name for name, _ in wanted.items() ^ found.items()}):
+        raise ValueError(f"not this model's optimizer state: {', '.join(wrong[:5])}")
+    rows_of = {name: tensors[f"{name}.rows"] for name, _ in tables}
+    for name, parameter in tables:
+        rows = rows_of[name]
+        if len(set(rows.tolist())) < len(rows) or bool(
+            ((rows < 0) | (rows >= len(parameter))).any()
+        ):
+            raise ValueError(f"{name}.rows are not rows of a table of {len(parameter)}")
+    optimizer.state.clear()
+    _start([parameter for _, parameter in whole], optimizer.state)
+    for name, parameter in whole:
+        for key, value in optimizer.state[parameter].items():
+            value.copy_(tensors[f"{name}.{key}"])
+    for name, parameter in tables:
+        table = _Rows(parameter)
+        table.add(rows_of[name].clone())
+        for average, key in zip(table.averages, AVERAGES, strict=True):
+            average[: len(table.rows)] = tensors[f"{name}.{key}"]
+        optimizer.state[parameter] = {"step": tensors[f"{name}.step"].clone(), "table": table}
 
 
 def _start(parameters: Sequence[Tensor], states: Any) -> None:

@@ -1,18 +1,32 @@
-"""The folder of a run: whose it is, when it may be replaced, and what is removed then."""
+"""The folder of a run: who writes to it, whose it is, and what is removed when it is replaced."""
 
 from __future__ import annotations
 
-import shutil
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bertner.checkpoint import STAGING, list_checkpoints, read_json, write_json
+from bertner import files
+from bertner.checkpoint import MANIFEST, METRICS, list_checkpoints, remove_leftovers
 from bertner.errors import DataError, OutputDirectoryError, StorageError
+from bertner.files import make_folder, read_json
+
+logger = logging.getLogger("bertner")
+
+LOCK = ".lock"
+RECORD = "run.json"
 
 # Every file that a run writes at the top of its folder. run.json, by which a run's folder is known,
 # comes last: should removing them fail midway, it can be tried again.
 RUN_FILES = [
-    "metrics.jsonl",
+    METRICS,
     "config.json",
     "model.safetensors",
     "tokenizer.json",
@@ -22,77 +36,122 @@ RUN_FILES = [
     "README.md",
     "all_results.json",
     "eval_results.json",
-    "run.json",
+    RECORD,
 ]
 
 
-def check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds another run, or something that is not bertner's to replace.
+@contextmanager
+def lock_output_dir(output_dir: Path) -> Iterator[None]:
+    """Makes the folder if need be, and keeps every other run out of it.
+
+    The system gives the lock back when the process ends, however it ends. A folder that was made
+    for nothing is removed again.
 
     Raises:
-        OutputDirectoryError: It does.
+        OutputDirectoryError: It is a file, or another process is at work in it.
+        StorageError: The disk fails.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise OutputDirectoryError(f"{output_dir} is a file; choose another --output_dir")
-    present = [name for name in RUN_FILES if (output_dir / name).exists()]
-    present += [folder.name for _, folder in list_checkpoints(output_dir)]
-    if not present:
-        return
-    if not _is_run_record(output_dir / "run.json"):
-        raise OutputDirectoryError(
-            f"{output_dir} holds {', '.join(present[:3])}, which no bertner run put there; "
-            "choose another --output_dir"
-        )
-    if not overwrite:
-        raise OutputDirectoryError(
-            f"{output_dir} holds another run, or one is going on there; choose another "
-            "--output_dir, or replace that run with --overwrite_output_dir"
-        )
-
-
-def _is_run_record(path: Path) -> bool:
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    make_folder(output_dir)
+    path = output_dir / LOCK
     try:
-        return "bertner" in read_json(path)["versions"]
-    except (DataError, KeyError, TypeError):
-        return False
+        descriptor = _lock(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be locked: {error.strerror or error}") from None
+    try:
+        remove_leftovers(output_dir)
+        for name in RUN_FILES:
+            for unfinished in output_dir.glob(f".{name}.*.tmp"):
+                files.remove(unfinished)
+        yield
+    finally:
+        # While it is still locked: who opens it now finds that it is no longer there (see _lock).
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+        with suppress(OSError):  # one that is not empty stays
+            for folder in made:
+                folder.rmdir()
 
 
-def claim_output_dir(output_dir: Path, overwrite: bool, run: dict[str, Any]) -> None:
-    """Empties the folder if that is wanted, and puts this run's record there, before any other.
+def _lock(path: Path) -> int:
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who had it before may have removed the file after we opened it.
+            if os.path.lexists(path) and os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps(_myself()).encode())
+                return descriptor
+        except BlockingIOError:
+            holder = os.read(descriptor, 4096)
+            os.close(descriptor)
+            raise OutputDirectoryError(
+                f"{path.parent} is in use by {_describe(holder)}; wait for it, stop it, or choose "
+                "another --output_dir"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
-    Args:
-        output_dir: Made if it is missing.
-        overwrite: Replace the run that it holds.
-        run: Contents of `run.json`.
+
+def _myself() -> dict[str, Any]:
+    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def _describe(holder: bytes) -> str:
+    try:
+        process = files.parse_json(holder)
+        return f"process {process['pid']} on {process['host']}, since {process['since']}"
+    except (ValueError, LookupError):
+        return "another process"
+
+
+def find_run(output_dir: Path) -> dict[str, Any] | None:
+    """The record (`run.json`) of the run that a folder holds; None if it holds none.
+
+    Empty if the record is damaged, but there are checkpoints, which have a copy.
 
     Raises:
-        OutputDirectoryError: It holds another run, or one began there meanwhile.
+        OutputDirectoryError: The folder holds such files, but no bertner run put them there.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    present = [name for name in RUN_FILES if os.path.lexists(output_dir / name)]
+    present += [folder.name for _, folder in checkpoints]
+    if not present:
+        return None
+    try:
+        record = read_json(output_dir / RECORD)
+        if "bertner" in record["versions"]:
+            return record
+    except (DataError, LookupError, TypeError):
+        pass
+    if any((folder / MANIFEST).is_file() for _, folder in checkpoints):
+        logger.warning("%s is missing or damaged; going by the checkpoints", output_dir / RECORD)
+        return {}
+    raise OutputDirectoryError(
+        f"{output_dir} holds {', '.join(present[:3])}, which no bertner run put there; "
+        "choose another --output_dir"
+    )
+
+
+def remove_run(output_dir: Path) -> None:
+    """Removes a run's checkpoints and its other files; what else is in the folder stays.
+
+    Raises:
         StorageError: The disk fails.
     """
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        # Looked at again: since the first time another run may have begun here.
-        check_output_dir(output_dir, overwrite)
-        if overwrite:
-            _remove_run(output_dir)
-        # Of two runs that begin at the same moment, one finds that the other made the file.
-        (output_dir / "run.json").touch(exist_ok=False)
-    except FileExistsError:
-        raise OutputDirectoryError(
-            f"another run has just begun in {output_dir}; choose another --output_dir"
-        ) from None
+        for _, folder in list_checkpoints(output_dir):
+            files.remove(folder)
+        for name in RUN_FILES:
+            files.remove(output_dir / name)
+        files.sync_folder(output_dir)
     except OSError as error:
         raise StorageError(f"{output_dir}: {error.strerror or error}") from None
-    write_json(output_dir / "run.json", run)
-
-
-def _remove_run(output_dir: Path) -> None:
-    """Removes a run's checkpoints, what a killed one left half written, and its other files."""
-    for _, folder in list_checkpoints(output_dir):
-        shutil.rmtree(folder)
-    for folder in output_dir.glob(f"{STAGING}checkpoint-*"):
-        shutil.rmtree(folder)
-    for name in RUN_FILES:
-        for unfinished in output_dir.glob(f".{name}.*.tmp"):
-            unfinished.unlink()
-        (output_dir / name).unlink(missing_ok=True)

@@ -6,13 +6,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
-from bertner.errors import StorageError
+from bertner.errors import CheckpointError, StorageError
+from bertner.files import replace_file
 from bertner.loop import Evaluation, StepReport
 from bertner.metrics import EntityScores
 
@@ -30,6 +32,10 @@ TABLE_COLUMNS = (
 )
 
 
+# Attributes of a RunReport that a run which is carried on needs, and their types in JSON.
+_STATE = {"window_loss": float, "window_steps": int, "training_loss": str, "rows": list}
+
+
 class RunReport:
     """Watches a run (a `loop.Watcher`): terminal to people, `metrics.jsonl` to programs.
 
@@ -38,31 +44,97 @@ class RunReport:
     """
 
     def __init__(
-        self, output_dir: Path, total_steps: int, logging_steps: int, show_bars: bool
+        self,
+        output_dir: Path,
+        total_steps: int,
+        logging_steps: int,
+        show_bars: bool,
+        *,
+        step: int = 0,
+        state: Mapping[str, Any] | None = None,
+        metrics: bytes = b"",
     ) -> None:
+        """Opens the log.
+
+        Args:
+            output_dir: Where `metrics.jsonl` is put.
+            total_steps: Of the run.
+            logging_steps: Log every so many steps.
+            show_bars: Show progress bars.
+            step: Steps done before, by a run that is carried on.
+            state: What `state` gave then.
+            metrics: The log's contents then.
+
+        Raises:
+            StorageError: The disk fails.
+            CheckpointError: `state` is none.
+        """
         self.rows: list[tuple[str, ...]] = []
         self.logging_steps = logging_steps
         self.show_bars = show_bars
-        self.window: list[StepReport] = []
+        self.window_loss = 0.0
+        self.window_steps = 0
         self.training_loss = "no log"
+        if state is not None:
+            self._restore(state)
+        self.path = output_dir / "metrics.jsonl"
+        replace_file(self.path, [metrics])
         try:
-            self.file: IO[str] = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
+            self.file: IO[str] = self.path.open("a", encoding="utf-8")
         except OSError as error:
-            raise StorageError(f"{output_dir / 'metrics.jsonl'}: {error.strerror}") from None
-        self.bar = progress_bar(total_steps, " step", "train", show_bars, leave=True)
+            raise StorageError(f"{self.path}: {error.strerror}") from None
+        self.bar = progress_bar(total_steps, " step", "train", show_bars, leave=True, initial=step)
+        self.eval_bar: tqdm[Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What it takes to go on as if nothing had been, as JSON values."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        for name, kind in _STATE.items():
+            if type(state.get(name)) is not kind:
+                raise CheckpointError(f"cannot be carried on from: the log's {name} is no {kind}")
+            setattr(self, name, state[name])
+        self.rows = [tuple(map(str, row)) for row in self.rows]
+        widths = {len(row) for row in self.rows} | {len(TABLE_COLUMNS)}
+        if len(widths) > 1 or not "".join(map("".join, self.rows)).isprintable():
+            raise CheckpointError("cannot be carried on from: the log's table is none")
+        for row in self.rows:
+            self._show(row, is_first=row is self.rows[0])
 
     def event(self, name: str, values: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`."""
-        record = {"event": name, "time": round(time.time(), 3), **values}
+        self._append(_line(name, values))
+
+    def _append(self, line: str) -> None:
         try:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(line)
             self.file.flush()
         except OSError as error:
             raise StorageError(f"metrics.jsonl: cannot be written: {error.strerror}") from None
 
+    def metrics(self) -> bytes:
+        """The contents of `metrics.jsonl` so far."""
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise StorageError(f"{self.path}: {error.strerror}") from None
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[bytes]:
+        """Records a checkpoint once it is complete.
+
+        Yields:
+            The log as it will be then, which belongs into that checkpoint.
+        """
+        line = _line("save", {"step": step, "checkpoint": f"checkpoint-{step}"})
+        yield self.metrics() + line.encode()
+        self._append(line)
+
     def stepped(self, report: StepReport) -> None:
         """Moves the bar; every `logging_steps` steps, logs the mean loss since the last time."""
-        self.window.append(report)
+        self.window_loss += report.loss
+        self.window_steps += 1
         self.bar.set_postfix_str(
             f"loss {report.loss:.4f}, rate {report.learning_rate:.2e}, "
             f"{report.tokens_per_second:,.0f} tokens/s",
@@ -70,7 +142,7 @@ class RunReport:
         )
         self.bar.update()
         if report.step % self.logging_steps == 0:
-            loss = sum(step.loss for step in self.window) / len(self.window)
+            loss = self.window_loss / self.window_steps
             self.training_loss = f"{loss:.4f}"
             self.event(
                 "log",
@@ -83,11 +155,12 @@ class RunReport:
                     "tokens_per_second": report.tokens_per_second,
                 },
             )
-            self.window = []
+            self.window_loss, self.window_steps = 0.0, 0
 
     def evaluating(self, num_rows: int) -> Callable[[int], None]:
         """Opens a bar for an evaluation."""
         bar = progress_bar(num_rows, " sentences", "evaluate", self.show_bars)
+        self.eval_bar = bar
 
         def on_batch(rows: int) -> None:
             bar.update(rows)
@@ -96,14 +169,14 @@ class RunReport:
 
         return on_batch
 
-    def evaluated(self, report: StepReport, evaluation: Evaluation, is_best: bool) -> None:
+    def evaluated(self, step: int, epoch: float, evaluation: Evaluation, is_best: bool) -> None:
         """Adds a line to the table."""
         scores = evaluation.metrics()
         self.event(
             "eval",
             {
-                "step": report.step,
-                "epoch": report.epoch,
+                "step": step,
+                "epoch": epoch,
                 **{f"eval_{name}": value for name, value in scores.items()},
                 "best": is_best,
             },
@@ -111,34 +184,40 @@ class RunReport:
         names = ["precision", "recall", "f1", "accuracy", "word_f1"]
         row = (
             self.training_loss,
-            f"{report.epoch:.2f}".rstrip("0").rstrip(".")
-            if report.epoch % 1
-            else f"{report.epoch:.1f}",
-            str(report.step),
+            f"{epoch:.2f}".rstrip("0").rstrip(".") if epoch % 1 else f"{epoch:.1f}",
+            str(step),
             f"{scores['loss']:.4f}",
             *(f"{scores[name]:.4f}" for name in names),
         )
-        if not self.rows:
-            say("  ".join(TABLE_COLUMNS))
         self.rows.append(row)
-        say("  ".join(cell.rjust(len(c)) for cell, c in zip(row, TABLE_COLUMNS, strict=True)))
+        self._show(row, is_first=len(self.rows) == 1)
 
-    def saved(self, report: StepReport, folder: Path) -> None:
-        """Records that a checkpoint is complete."""
-        self.event("save", {"step": report.step, "checkpoint": folder.name})
+    def _show(self, row: tuple[str, ...], is_first: bool) -> None:
+        if is_first:
+            say("  ".join(TABLE_COLUMNS))
+        say("  ".join(cell.rjust(len(c)) for cell, c in zip(row, TABLE_COLUMNS, strict=True)))
 
     def __enter__(self) -> RunReport:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.eval_bar is not None:
+            self.eval_bar.close()
         self.bar.close()
         self.file.close()
 
 
-def progress_bar(total: int, unit: str, name: str, show: bool, leave: bool = False) -> tqdm[Any]:
+def _line(event: str, values: Mapping[str, Any]) -> str:
+    return json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n"
+
+
+def progress_bar(
+    total: int, unit: str, name: str, show: bool, leave: bool = False, initial: int = 0
+) -> tqdm[Any]:
     """A bar on stderr; where that is a file, a line now and then."""
     return tqdm(
         total=total,
+        initial=initial,
         unit=unit,
         desc=name,
         leave=leave,

@@ -7,390 +7,309 @@ import dataclasses
 import io
 import json
 import logging
-import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-
-from bertner import __version__, kernels
+from bertner import kernels
 from bertner.card import RunFacts, model_card
 from bertner.checkpoint import (
-    Weights,
-    list_checkpoints,
-    read_json,
+    WEIGHTS,
+    check_free_space,
     save_checkpoint,
-    write_json,
-    write_text,
+    verify_checkpoint,
+    write_state,
 )
-from bertner.config import BertConfig, TrainConfig
-from bertner.corpus import CorpusStream, CorpusSummary
-from bertner.data import PreparedData, TokenDataset, prepare
-from bertner.data_cache import prepare_file
-from bertner.errors import DataError, UsageError
-from bertner.hub import ModelSource, find_model
-from bertner.hub_datasets import open_dataset
-from bertner.loop import Evaluation, StepReport, TrainResult, evaluate, train
+from bertner.config import TrainConfig
+from bertner.data import prepare
+from bertner.errors import DataError, RunStoppedError
+from bertner.files import read_json, write_json, write_text
+from bertner.hub import find_model
+from bertner.loop import Evaluation, Stopped, TrainResult, TrainState, evaluate, train
 from bertner.model import BertForNER
-from bertner.output_dir import check_output_dir, claim_output_dir
+from bertner.output_dir import RECORD, lock_output_dir, remove_run
+from bertner.parts import Parts, announce, build_parts, columns_of, find_device
 from bertner.predict import Tagger
-from bertner.readers import check_file, decode_lines, open_file, read_lines
+from bertner.readers import decode_lines, open_file, read_lines
+from bertner.record import run_record
 from bertner.report import RunReport, format_scores, progress_bar, say
+from bertner.resume import (
+    Start,
+    find_start,
+    keep_choices,
+    load_weights,
+    settle_start,
+    state_of,
+)
+from bertner.stopping import StopSignals
 from bertner.tokenizer import Tokenizer
+from bertner.weights import TensorFile
 
 logger = logging.getLogger("bertner")
 
-# Whose versions are recorded, besides PyTorch's.
-PACKAGES = ["tokenizers", "safetensors", "numpy", "huggingface_hub", "datasets"]
 
-
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """What a run is built of."""
-
-    source: ModelSource
-    corpora: dict[str, CorpusSummary]
-    datasets: dict[str, TokenDataset]
-    model: BertForNER
-    tokenizer: Tokenizer
-
-    def save_model(self, folder: Path) -> None:
-        """Writes a complete model folder, as `transformers` would."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save(folder)
-
-
-def run_training(config: TrainConfig, recipe: str) -> None:
+def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> None:
     """`bertner-train`: from a configuration to a model folder.
+
+    Args:
+        config: All settings.
+        recipe: The one that they start from.
+        arguments: Of the command, to name it in messages.
 
     Raises:
         BertnerError: See the exit codes in `errors`.
     """
     output_dir = Path(config.output_dir)
-    check_output_dir(output_dir, config.overwrite_output_dir)  # before minutes of downloading
-    parts = _build(config)
-    total_steps = config.total_steps(len(parts.datasets["train"]))
-    _announce(config, parts, total_steps)
+    with lock_output_dir(output_dir):
+        start = find_start(config, output_dir)  # before minutes of downloading
+        keep_choices(start, config, find_device(config.device))
+        parts = build_parts(config)
+        record = run_record(config, recipe, parts)
+        start = settle_start(start, config, record)
+        if start.finished:
+            say(f"{output_dir} holds just this run, and it is finished: nothing to do.")
+            return
+        total_steps = config.total_steps(len(parts.datasets["train"]))
+        announce(config, parts, total_steps)
+        # From here on there is something to lose; before, a signal ends the process as usual.
+        with StopSignals() as stop:
+            _begin(config, parts, start, record)
+            with _open_report(config, total_steps, start) as report:
+                _Run(config, parts, start, record, list(arguments), stop, report).train()
 
-    run = _run_record(config, recipe, parts)
-    claim_output_dir(output_dir, config.overwrite_output_dir, run)
-    with RunReport(
-        output_dir, total_steps, config.logging_steps, not config.disable_tqdm
-    ) as report:
-        report.event(
-            "start", {"total_steps": total_steps, "num_rows": len(parts.datasets["train"])}
+
+def _begin(config: TrainConfig, parts: Parts, start: Start, record: dict[str, Any]) -> None:
+    """Makes the directory this run's; weights of a checkpoint take the place of the first ones."""
+    output_dir = Path(config.output_dir)
+    if start.checkpoint is not None:
+        load_weights(start.checkpoint.weights, parts.model, start.checkpoint.folder)
+    if config.save_strategy != "no":
+        # Now rather than after hours: weights, and two averages of each.
+        num_bytes = 3 * sum(t.nbytes for t in parts.model.state_dict().values())
+        check_free_space(output_dir, num_bytes, "a checkpoint")
+    if start.replaces:
+        remove_run(output_dir)
+    write_json(output_dir / RECORD, record)
+
+
+def _open_report(config: TrainConfig, total_steps: int, start: Start) -> RunReport:
+    restored: dict[str, Any] = {}
+    if start.checkpoint is not None:
+        logger.info("carrying on after step %d of %d", start.checkpoint.step, total_steps)
+        restored = {
+            "step": start.checkpoint.step,
+            "state": start.checkpoint.state.get("report", {}),
+            "metrics": start.checkpoint.metrics,
+        }
+    return RunReport(
+        Path(config.output_dir),
+        total_steps,
+        config.logging_steps,
+        not config.disable_tqdm,
+        **restored,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run that has begun: what it is made of, and what it leaves on the disk."""
+
+    config: TrainConfig
+    parts: Parts
+    start: Start
+    record: dict[str, Any]
+    arguments: Sequence[str]
+    stop: StopSignals
+    report: RunReport
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def train(self) -> None:
+        """Trains, evaluates and writes the results; asked to stop, leaves a checkpoint."""
+        train_data = self.parts.datasets["train"]
+        if self.start.checkpoint is None:
+            total_steps = self.config.total_steps(len(train_data))
+            self.report.event("start", {"total_steps": total_steps, "num_rows": len(train_data)})
+        result = train(
+            self.parts.model,
+            train_data,
+            self.config,
+            evaluation=self.parts.datasets.get("validation"),
+            watcher=self.report,
+            save=self.save,
+            state=None if self.start.checkpoint is None else state_of(self.start.checkpoint),
+            should_stop=self.stop,
         )
-        result = _fit(config, parts, output_dir, report)
-        kept_step = result.step
-        if config.load_best_model_at_end and result.best_step is not None:
-            kept_step = result.best_step
-            _load_weights(parts.model, output_dir / f"checkpoint-{kept_step}")
-        parts.save_model(output_dir)
+        if result.stopped:
+            self.leave(result.state)
+        kept_step = self.choose_weights(result)
+        try:
+            evaluations = self.evaluate(result, kept_step)
+        except Stopped:
+            self.leave(result.state)
+        self.parts.save_model(self.output_dir)
+        self.write_results(result, kept_step, evaluations)
 
-        evaluations = _final_evaluations(config, parts, result, kept_step, report)
+    def save(self, state: TrainState) -> None:
+        """Makes a checkpoint that is due."""
+        with self.report.saving(state.step) as metrics:
+            if not self.is_saved(state.step):
+                self.write_checkpoint(state, metrics)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the run was carried on from just that checkpoint: what belongs to it is there."""
+        checkpoint = self.start.checkpoint
+        return (
+            checkpoint is not None
+            and checkpoint.step == step
+            and checkpoint.folder.resolve().parent == self.output_dir.resolve()
+        )
+
+    def write_checkpoint(self, state: TrainState, metrics: bytes) -> Path:
+        def write(folder: Path) -> None:
+            self.parts.save_model(folder)
+            values = {
+                "counters": dict(state.counters),
+                "report": self.report.state(),
+                "run": self.record,
+            }
+            write_state(folder, values, state.optimizer, metrics)
+
+        tensors = [*self.parts.model.state_dict().values(), *state.optimizer.values()]
+        return save_checkpoint(
+            self.output_dir,
+            state.step,
+            write,
+            num_bytes=sum(tensor.nbytes for tensor in tensors) + len(metrics) + (4 << 20),
+            # Without regular saves there are those of a stop, and the best to be loaded at the end.
+            keep=1 if self.config.save_strategy == "no" else self.config.save_total_limit,
+            best_step=state.best_step if self.config.load_best_model_at_end else None,
+        )
+
+    def leave(self, state: TrainState) -> NoReturn:
+        """Ends a run that was asked to stop."""
+        folder = self.keep_last(state)
+        verify_checkpoint(folder)
+        again = shlex.join([_command("bertner-train"), *_without_resume(self.arguments)])
+        raise RunStoppedError(
+            f"stopped by {self.stop.name} after step {state.step}; {folder} is saved and verified\n"
+            f"Carry on with: {again}"
+        )
+
+    def keep_last(self, state: TrainState) -> Path:
+        """Makes sure that there is a checkpoint of where the run stands."""
+        folder = self.output_dir / f"checkpoint-{state.step}"
+        if not folder.is_dir():
+            logger.info("saving %s", folder)
+            self.write_checkpoint(state, self.report.metrics())
+        return folder
+
+    def choose_weights(self, result: TrainResult) -> int:
+        """Gives the model the best weights, if they are to be kept.
+
+        Returns:
+            The step that the model's weights are of.
+        """
+        best_step = result.best_step
+        if not self.config.load_best_model_at_end or best_step in (None, result.step):
+            return result.step
+        self.keep_last(result.state)  # the last weights leave the memory
+        folder = self.output_dir / f"checkpoint-{best_step}"
+        verify_checkpoint(folder)
+        load_weights(TensorFile(folder / WEIGHTS), self.parts.model, folder)
+        return int(best_step)
+
+    def evaluate(self, result: TrainResult, kept_step: int) -> dict[str, Evaluation]:
+        """Scores of the kept weights; what has just been computed is not computed again."""
+        evaluations: dict[str, Evaluation] = {}
+        for split in ("validation", "test"):
+            if split not in self.parts.datasets:
+                continue
+            if split == "validation" and result.evaluation and kept_step == result.step:
+                evaluations[split] = result.evaluation
+            else:
+                dataset = self.parts.datasets[split]
+                evaluations[split] = evaluate(
+                    self.parts.model,
+                    dataset,
+                    self.config.per_device_eval_batch_size,
+                    dtype=self.config.dtype,
+                    packing=self.config.packing,
+                    batch_tokens=self.config.eval_batch_tokens,
+                    matmul=self.config.matmul,
+                    on_batch=self.report.evaluating(len(dataset)),
+                    should_stop=self.stop,
+                )
+        return evaluations
+
+    def write_results(
+        self, result: TrainResult, kept_step: int, evaluations: dict[str, Evaluation]
+    ) -> None:
+        """Writes scores and card, and last of all that the run is finished."""
         results = _all_results(result, evaluations)
-        report.event("end", results)
-    write_json(output_dir / "all_results.json", results)
-    write_json(
-        output_dir / "eval_results.json",
-        {name: value for name, value in results.items() if name.startswith("eval_")},
-    )
-    facts = RunFacts(
-        config=config,
-        base_model=parts.source.name,
-        base_commit=parts.source.commit,
-        corpora=parts.corpora,
-        num_train_tokens=len(parts.datasets["train"].input_ids),
-        model=parts.model.config,
-        num_parameters=parts.model.num_parameters,
-        max_length=parts.tokenizer.row_limit(config.max_seq_length),
-        lowercase=parts.tokenizer.lowercase,
-        result=result,
-        rows=report.rows,
-        evaluations=evaluations,
-        kept_step=kept_step,
-        versions=run["versions"],
-        device=run["device"],
-    )
-    write_text(output_dir / "README.md", model_card(facts))
-    for split, evaluation in evaluations.items():
-        say(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
-    say(f"\nModel, model card and scores: {output_dir}")
-    predict = f"{_command('bertner-predict')} --model {shlex.quote(str(output_dir))}"
-    say(f"Try it: echo 'Angela Merkel visited Paris .' | {predict}")
+        self.report.event("end", results)
+        write_json(self.output_dir / "all_results.json", results)
+        write_json(
+            self.output_dir / "eval_results.json",
+            {name: value for name, value in results.items() if name.startswith("eval_")},
+        )
+        facts = RunFacts(
+            config=self.config,
+            base_model=self.parts.source.name,
+            base_commit=self.parts.source.commit,
+            corpora=self.parts.corpora,
+            num_train_tokens=len(self.parts.datasets["train"].input_ids),
+            model=self.parts.model.config,
+            num_parameters=self.parts.model.num_parameters,
+            max_length=self.parts.tokenizer.row_limit(self.config.max_seq_length),
+            lowercase=self.parts.tokenizer.lowercase,
+            result=result,
+            rows=self.report.rows,
+            evaluations=evaluations,
+            kept_step=kept_step,
+            versions=self.record["versions"],
+            device=self.record["device"],
+            resumes=self.record["resumes"],
+        )
+        write_text(self.output_dir / "README.md", model_card(facts))
+        finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write_json(self.output_dir / RECORD, {**self.record, "finished": finished})
+        for split, evaluation in evaluations.items():
+            say(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
+        say(f"\nModel, model card and scores: {self.output_dir}")
+        predict = f"{_command('bertner-predict')} --model {shlex.quote(str(self.output_dir))}"
+        say(f"Try it: echo 'Angela Merkel visited Paris .' | {predict}")
+
+
+def _without_resume(arguments: Sequence[str]) -> list[str]:
+    """The same command, but for the checkpoint that it named: there is a newer one now."""
+    kept: list[str] = []
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name.replace("-", "_") == "__resume_from_checkpoint":
+            if not equals:
+                kept.append(_NEXT)
+        elif kept and kept[-1] == _NEXT:
+            kept.pop()
+        else:
+            kept.append(argument)
+    return kept
+
+
+_NEXT = "\0"  # no argument can be this
 
 
 def _command(name: str) -> str:
     """How to call one of our commands from where this one was called."""
     beside = Path(sys.argv[0]).with_name(name)
     return str(beside) if shutil.which(name) is None and beside.is_file() else name
-
-
-def _build(config: TrainConfig) -> _Parts:
-    """Reads the tokenizer, the data, and then the weights: mistakes are in the data."""
-    device = find_device(config.device)
-    _products(config, device)  # a choice that cannot be had here is said first
-    data = _find_data(config)
-    source = find_model(config.model_name_or_path, config.model_revision, weights=False)
-    folder, output_dir = source.folder.resolve(), Path(config.output_dir).resolve()
-    if folder == output_dir or folder in [path for _, path in list_checkpoints(output_dir)]:
-        raise UsageError(
-            f"output_dir {config.output_dir} holds the model to start from; choose another folder"
-        )
-    tokenizer = _load_tokenizer(folder)
-    prepared = _prepare_data(config, data, tokenizer)
-    label_set = prepared["train"].dataset.label_set
-    if source.commit is not None:
-        find_model(source.name, source.commit)  # the weights too
-    # Seeded first, so that a new head is the same in every run with this seed.
-    torch.manual_seed(config.seed)
-    model = BertForNER.from_pretrained(
-        source.folder,
-        id2label=dict(enumerate(label_set.names)),
-        attn_implementation=config.attn_implementation,
-    ).to(device)
-    return _Parts(
-        source,
-        {split: each.summary for split, each in prepared.items()},
-        {split: each.dataset for split, each in prepared.items()},
-        model,
-        tokenizer,
-    )
-
-
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "config.json"
-    return Tokenizer.from_pretrained(folder, BertConfig.from_dict(read_json(path), path))
-
-
-def _fit(config: TrainConfig, parts: _Parts, output_dir: Path, report: RunReport) -> TrainResult:
-    # Without regular saves the best checkpoint is there only to be loaded at the end.
-    keep = 1 if config.save_strategy == "no" else config.save_total_limit
-
-    def save(step: StepReport, best_step: int | None) -> None:
-        folder = save_checkpoint(
-            output_dir,
-            step.step,
-            parts.save_model,
-            keep=keep,
-            best_step=best_step if config.load_best_model_at_end else None,
-        )
-        report.saved(step, folder)
-
-    return train(
-        parts.model,
-        parts.datasets["train"],
-        config,
-        evaluation=parts.datasets.get("validation"),
-        watcher=report,
-        save=save,
-    )
-
-
-def find_device(name: str) -> torch.device:
-    """The device that a user names; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        UsageError: There is no such device here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise UsageError(f"device {name!r} cannot be used here: {reason}") from None
-    return device
-
-
-def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
-    """The data by split, training data first: files that are there, or splits of a dataset."""
-    data: dict[str, Path | CorpusStream] = {}
-    if config.train_file is None:
-        data.update(
-            open_dataset(
-                config.train_source,
-                config_name=config.dataset_config_name,
-                **_columns(config.text_column_name, config.label_column_name, config.label_names),
-            )
-        )
-    else:
-        files = {
-            "train": config.train_file,
-            "validation": config.validation_file,
-            "test": config.test_file,
-        }
-        data.update({split: Path(path) for split, path in files.items() if path})
-        for path in filter(None, files.values()):
-            check_file(path)
-    if config.load_best_model_at_end and "validation" not in data:
-        raise UsageError("load_best_model_at_end needs validation data: give --validation_file")
-    if config.eval_strategy != "no" and "validation" not in data:
-        logger.warning("no validation data, so nothing is scored during training")
-    return data
-
-
-def _columns(text_column: str, label_column: str, label_names: str | None) -> dict[str, Any]:
-    """What readers are told of a source's columns."""
-    return {
-        "text_column": text_column,
-        "label_column": label_column,
-        "label_names": label_names.split(",") if label_names else None,
-    }
-
-
-def _prepare_data(
-    config: TrainConfig, data: dict[str, Path | CorpusStream], tokenizer: Tokenizer
-) -> dict[str, PreparedData]:
-    """Reads and tokenises all data; the training data say what the labels are."""
-    columns = _columns(config.text_column_name, config.label_column_name, config.label_names)
-    row_limit = tokenizer.row_limit(config.max_seq_length)
-    prepared: dict[str, PreparedData] = {}
-    label_set = None
-    for split, source in data.items():
-        settings: dict[str, Any] = {
-            "label_all_tokens": config.label_all_tokens,
-            "row_limit": row_limit,
-            "max_samples": config.max_train_samples
-            if split == "train"
-            else config.max_eval_samples,
-        }
-        # A pipe can be read only once, and so not be hashed first.
-        if isinstance(source, Path) and source.is_file() and config.data_cache:
-            prepared[split] = prepare_file(
-                source, tokenizer, label_set, name=split, columns=columns, settings=settings
-            )
-        else:
-            stream = open_file(source, **columns) if isinstance(source, Path) else source
-            prepared[split] = prepare(stream, tokenizer, label_set, **settings)
-        label_set = prepared["train"].dataset.label_set
-    return prepared
-
-
-def _announce(config: TrainConfig, parts: _Parts, total_steps: int) -> None:
-    source, model = parts.source, parts.model
-    commit = f" at {source.commit[:12]}" if source.commit else ""
-    logger.info(
-        "model: %s%s, %s, %s parameters",
-        source.name,
-        commit,
-        model.config.shape,
-        f"{model.num_parameters:,}",
-    )
-    for split, corpus in parts.corpora.items():
-        logger.info(
-            "%s: %s sentences, %s words, %s entities, %s tokens from %s",
-            split,
-            f"{corpus.num_sentences:,}",
-            f"{corpus.num_words:,}",
-            f"{sum(corpus.entity_counts.values()):,}",
-            f"{len(parts.datasets[split].input_ids):,}",
-            corpus.source,
-        )
-    logger.info(
-        "%d steps on %s with %d threads, %s, rows %s, seed %d, into %s",
-        total_steps,
-        model.device,
-        torch.get_num_threads(),
-        config.dtype,
-        "packed" if config.packing else f"padded, attention {config.attn_implementation}",
-        config.seed,
-        config.output_dir,
-    )
-    logger.info("matrix products: %s", _products(config, model.device))
-
-
-def _products(config: TrainConfig, device: torch.device) -> kernels.Products:
-    """How matrices are multiplied; padded rows keep to PyTorch's default."""
-    matmul = config.matmul if config.packing else "default"
-    return kernels.choose_products(matmul, device, config.dtype)
-
-
-def _run_record(config: TrainConfig, recipe: str, parts: _Parts) -> dict[str, Any]:
-    """The contents of run.json: everything that it takes to do this run again."""
-    source, device = parts.source, parts.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "recipe": recipe,
-        "config": config.to_dict(),
-        "model": {
-            "name": source.name,
-            "folder": str(source.folder.resolve()),
-            "commit": source.commit,
-            **dataclasses.asdict(parts.model.config),
-        },
-        "data": {
-            split: {
-                "source": corpus.source,
-                "sha256": corpus.sha256,
-                "scheme": corpus.scheme,
-                "documents": corpus.num_documents,
-                "sentences": corpus.num_sentences,
-                "words": corpus.num_words,
-                "entities": corpus.entity_counts,
-            }
-            for split, corpus in parts.corpora.items()
-        },
-        "versions": {
-            "bertner": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,  # says which build, as the package's metadata may not
-            **{package: version(package) for package in PACKAGES},
-        },
-        "device": f"{device.type}, {name}, {torch.get_num_threads()} threads",
-        # Another choice, another sum of roundings: it is part of what the bits depend on.
-        "products": dataclasses.asdict(_products(config, device)),
-    }
-
-
-def processor_name() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _load_weights(model: BertForNER, folder: Path) -> None:
-    weights = Weights(folder)
-    model.load_state_dict({name: weights[name] for name in weights.shapes}, strict=True)
-
-
-def _final_evaluations(
-    config: TrainConfig, parts: _Parts, result: TrainResult, kept_step: int, report: RunReport
-) -> dict[str, Evaluation]:
-    """Scores of the kept weights; what the run has just computed is not computed again."""
-    evaluations: dict[str, Evaluation] = {}
-    for split in ("validation", "test"):
-        if split not in parts.datasets:
-            continue
-        if split == "validation" and result.evaluation and kept_step == result.step:
-            evaluations[split] = result.evaluation
-        else:
-            evaluations[split] = evaluate(
-                parts.model,
-                parts.datasets[split],
-                config.per_device_eval_batch_size,
-                dtype=config.dtype,
-                packing=config.packing,
-                batch_tokens=config.eval_batch_tokens,
-                matmul=config.matmul,
-                on_batch=report.evaluating(len(parts.datasets[split])),
-            )
-    return evaluations
 
 
 def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
@@ -431,7 +350,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
     products = kernels.choose_products(options.matmul, device, options.dtype)
     logger.info("matrix products: %s", products)
     tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
-    columns = _columns(options.text_column_name, options.label_column_name, options.label_names)
+    columns = columns_of(options.text_column_name, options.label_column_name, options.label_names)
     labelling = _labelling(source.folder)
     dataset = prepare(
         open_file(options.file, **columns),

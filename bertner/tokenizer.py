@@ -5,6 +5,7 @@ The tokenizing itself is done by the `tokenizers` library.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -16,11 +17,14 @@ from typing import Any
 from tokenizers import BertWordPieceTokenizer, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from bertner.checkpoint import read_json, write_json, write_text
 from bertner.config import BertConfig
 from bertner.errors import ModelError
+from bertner.files import read_bytes, read_json, write_json, write_text
 
 logger = logging.getLogger("bertner")
+
+# The largest in use, with 120,000 entries of many languages, has 3 MB.
+_MAX_VOCABULARY_BYTES = 32 << 20
 
 _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
@@ -46,6 +50,12 @@ class Tokenizer:
     lowercase: bool
     special_tokens: dict[str, str]
     model_max_length: int
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that decides how text is split."""
+        content = json.dumps([self.fast.to_str(), self.special_tokens, self.model_max_length])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def cls_id(self) -> int:
@@ -187,7 +197,7 @@ def _token_text(token: Any, folder: Path) -> str:
 
 
 def _load_tokenizer_json(path: Path) -> tuple[FastTokenizer, bool]:
-    content = read_json(path)
+    content = read_json(path, _MAX_VOCABULARY_BYTES)
     try:
         fast = FastTokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -202,8 +212,8 @@ def _load_tokenizer_json(path: Path) -> tuple[FastTokenizer, bool]:
 
 def _read_vocab(path: Path) -> dict[str, int]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(path, _MAX_VOCABULARY_BYTES).decode("utf-8").split("\n")
+    except (OSError, ValueError) as error:
         raise ModelError(f"cannot be read: {error}", path) from None
     if lines[-1] == "":
         lines.pop()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from bertner.batches import collate, epoch_order, pack, packed_by_length, step_batches
+from bertner.batches import collate, epoch_order, pack, packed_by_length, steps_from
+from bertner.config import TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.labels import IGNORE_INDEX
 from bertner.tokenizer import Tokenizer
@@ -75,7 +78,20 @@ def test_order_is_the_data_loaders() -> None:
 
 
 def test_steps_visit_every_row_once() -> None:
-    steps = list(step_batches(23, batch_size=4, accumulation=2, seed=1, epoch=0))
-    assert [[len(rows) for rows in step] for step in steps] == [[4, 4], [4, 4], [4, 3]]
-    visited = np.concatenate([rows for step in steps for rows in step])
-    assert sorted(visited) == list(range(23))
+    config = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=2, seed=1)
+    steps = list(itertools.islice(steps_from(0, 23, config), 6))
+    assert [step for step, _ in steps] == list(range(6))
+    assert [[len(rows) for rows in step] for _, step in steps] == 2 * [[4, 4], [4, 4], [4, 3]]
+    for epoch in range(2):
+        visited = np.concatenate([np.concatenate(step) for _, step in steps[3 * epoch :][:3]])
+        assert visited.tolist() == epoch_order(23, 1, epoch).tolist()
+
+
+@pytest.mark.parametrize("first", range(7))
+def test_steps_begin_anywhere(first: int) -> None:
+    config = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=2, seed=1)
+    whole = list(itertools.islice(steps_from(0, 23, config), 10))
+    rest = list(itertools.islice(steps_from(first, 23, config), 10 - first))
+    for (step, batches), (other_step, other_batches) in zip(whole[first:], rest, strict=True):
+        assert step == other_step
+        assert [rows.tolist() for rows in batches] == [rows.tolist() for rows in other_batches]

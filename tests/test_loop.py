@@ -17,7 +17,7 @@ from torch import nn
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.errors import NotFiniteError, UsageError
-from bertner.loop import dropout_seed, evaluate, learning_rate_at, train
+from bertner.loop import TrainState, dropout_seed, evaluate, learning_rate_at, train
 from bertner.model import BertForNER
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
@@ -112,8 +112,8 @@ def test_watching_changes_nothing(parts: Parts) -> None:
         save_steps=3,
     )
 
-    def save(report: object, best: int | None) -> None:
-        saved.append(report.step)  # type: ignore[attr-defined]
+    def save(state: TrainState) -> None:
+        saved.append(state.step)
         torch.rand(5)
 
     train(twin, rows, watched_config, evaluation=dev, watcher=Losses(), save=save)
@@ -133,8 +133,8 @@ class _Events:
     def evaluating(self, num_rows: int) -> Callable[[int], None]:
         return lambda rows: None
 
-    def evaluated(self, report: object, evaluation: object, is_best: bool) -> None:
-        self.evaluations.append((report.step, is_best))  # type: ignore[attr-defined]
+    def evaluated(self, step: int, epoch: float, evaluation: object, is_best: bool) -> None:
+        self.evaluations.append((step, is_best))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_the_best_is_always_saved(parts: Parts) -> None:
         config,
         evaluation=dev,
         watcher=events,
-        save=lambda report, best: saved.append((report.step, best)),
+        save=lambda state: saved.append((state.step, state.best_step)),
     )
     best = [step for step, is_best in events.evaluations if is_best]
     assert saved == [(step, step) for step in best]

@@ -17,11 +17,12 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from bertner import checkpoint, run
+from bertner import files, run
 from bertner.cli import eval_main, parse_train_config, predict_main, train_main
 from bertner.config import TrainConfig
 from bertner.errors import UsageError
 from bertner.output_dir import RUN_FILES
+from bertner.parts import build_parts
 from tests.conftest import (
     REPOSITORY,
     SHARED_DATA,
@@ -324,24 +325,23 @@ def test_a_folder_of_someone_else_is_not_touched(
     assert (tmp_path / "out" / "README.md").read_text() == "my project"
 
 
-def test_a_run_that_began_meanwhile_is_not_touched(
+def test_two_runs_do_not_share_a_folder(
     arguments: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    build = run._build
-
     def build_slowly(config: TrainConfig) -> object:
-        monkeypatch.setattr(run, "_build", build)
-        assert train_main([*arguments, "--max_steps", "2"]) == 0, "the other run"
-        return build(config)
+        monkeypatch.setattr(run, "build_parts", build_parts)
+        for extra in ([], ["--overwrite_output_dir"], ["--max_steps", "1"]):
+            assert train_main([*arguments, *extra]) == 73, "while the first one is at work"
+        return build_parts(config)
 
-    monkeypatch.setattr(run, "_build", build_slowly)
-    assert train_main([*arguments, "--max_steps", "1"]) == 73
-    assert "one is going on there" in capsys.readouterr().err
+    monkeypatch.setattr(run, "build_parts", build_slowly)
+    assert train_main([*arguments, "--max_steps", "2"]) == 0
+    errors = capsys.readouterr().err
+    assert errors.count(f"in use by process {os.getpid()} on ") == 3
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
-    assert not (tmp_path / "out" / "checkpoint-1").exists()
 
 
 def test_what_a_killed_run_left_half_written_goes_with_it(
@@ -433,7 +433,7 @@ def test_a_full_disk(
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(files, "write_file", full_disk)
     assert train_main(arguments) == 74
     assert "No space left on device" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))

@@ -41,7 +41,7 @@ class Losses:
     def evaluating(self, num_rows: int) -> Any:
         return lambda rows: None
 
-    def evaluated(self, report: Any, evaluation: Any, is_best: bool) -> None:
+    def evaluated(self, step: int, epoch: float, evaluation: Any, is_best: bool) -> None:
         pass
 
 

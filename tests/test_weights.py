@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from bertner import checkpoint
-from bertner.checkpoint import canonical_name, list_checkpoints, save_checkpoint
+from bertner import files
 from bertner.errors import ModelError, StorageError
 from bertner.model import BertForNER
+from bertner.weights import canonical_name, tensor_chunks
 from tests.conftest import write_model_folder
 
 
@@ -272,7 +273,7 @@ def test_a_failed_save_leaves_the_old_file(
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(files, "write_file", full_disk)
     with pytest.raises(StorageError, match="No space left") as caught:
         model.save_pretrained(model_folder)
     assert caught.value.exit_code == 74
@@ -284,32 +285,17 @@ def test_a_failed_save_leaves_the_old_file(
     ]
 
 
-def test_checkpoints_appear_whole_and_the_oldest_go(tmp_path: Path) -> None:
-    def write(folder: Path) -> None:
-        assert not any(p.name.startswith("checkpoint-") for p in [folder])
-        (folder / "file").write_text("x")
-
-    for step in (5, 10, 100, 20):
-        save_checkpoint(tmp_path, step, write, keep=2, best_step=10)
-    assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 20, 100]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint-10",
-        "checkpoint-100",
-        "checkpoint-20",
-    ]
-
-
-def test_a_failed_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, lambda folder: (folder / "file").write_text("old"))
-
-    def fail(folder: Path) -> None:
-        (folder / "file").write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(StorageError, match="checkpoint-1: cannot be written"):
-        save_checkpoint(tmp_path, 1, fail)
-    assert (tmp_path / "checkpoint-1" / "file").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+def test_files_of_tensors_are_those_of_safetensors() -> None:
+    tensors = {
+        "b": torch.randn(3, 5)[:, ::2],
+        "ä": torch.arange(4),
+        "a": torch.tensor(1.5),
+        "none": torch.zeros(0, 7),
+    }
+    for metadata in (None, {"format": "pt"}):
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        ours = b"".join(bytes(chunk) for chunk in tensor_chunks(tensors, metadata))
+        assert ours == to_bytes(whole, metadata)
 
 
 def test_prelu_has_a_weight_of_its_own(tmp_path: Path) -> None:

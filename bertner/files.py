@@ -1,0 +1,214 @@
+"""Files: written so that they last, read so that they cannot harm.
+
+Every operation on the disk that a save depends on is in here and goes through `os`, so that a test
+can put another `os` in its place that records what is done, or fails anywhere.
+
+A file is written aside, brought to the disk (fsync) and only then renamed: under its own name it is
+whole, whatever happens. A rename lasts once the folder that holds the name is brought to the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bertner.errors import ModelError, StorageError
+
+# The most that is read of a JSON file. Parsed, it can take ten times its size.
+MAX_JSON_BYTES = 4 << 20
+
+_WRITE_BYTES = 1 << 26  # in one call; Linux takes no more than 2 GiB
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Makes a file that is not there yet, and brings it to the disk; its name may still get lost.
+
+    Raises:
+        OSError: It is there, or the disk fails; what was written so far is left.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        for chunk in chunks:
+            rest = memoryview(chunk).cast("B")
+            while rest:
+                # What is written may be less than what is given.
+                rest = rest[os.write(descriptor, rest[:_WRITE_BYTES]) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Writes a file; it appears whole or not at all, and then lasts.
+
+    Raises:
+        StorageError: The disk fails; what was there before is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            remove(temporary)  # of a process that had the same number
+            write_file(temporary, chunks)
+            os.rename(temporary, path)
+        except BaseException:
+            remove(temporary)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file; see `replace_file`."""
+    # File names need not be text: what is none comes out as an escape, which JSON has too.
+    replace_file(path, [text.encode("utf-8", "backslashreplace")])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON that people can read and compare; see `replace_file`."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        StorageError: The disk fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made: {error.strerror}") from None
+
+
+def make_new_folder(folder: Path) -> None:
+    """Makes a folder that is not there yet."""
+    os.mkdir(folder, 0o777)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames within one folder, and brings that to the disk."""
+    os.rename(source, target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk, where the file system knows how."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link, or a folder with all that is in it; links are not followed."""
+    try:
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            for name in sorted(os.listdir(path)):
+                remove(path / name)
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def free_bytes(folder: Path) -> int:
+    """How much more the file system of a folder takes from this user."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+class UnsafeFileError(ValueError):
+    """A file is not what one reads: a link, a pipe, too large."""
+
+
+@contextmanager
+def open_regular(path: Path, *, max_bytes: int | None = None, links: bool = True) -> Iterator[int]:
+    """Opens a file to read, and nothing that only has the name of one.
+
+    Args:
+        path: The file.
+        max_bytes: The largest that is opened.
+        links: Follow a link, as the Hub's cache is made of.
+
+    Yields:
+        Its descriptor.
+
+    Raises:
+        UnsafeFileError: A pipe, device, folder, or forbidden link; or it is too large.
+        OSError: There is none, or the disk fails.
+    """
+    # A pipe would keep us waiting for someone who writes to it.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeFileError("is a link") from None
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnsafeFileError("is not a regular file")
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise UnsafeFileError(f"has {status.st_size:,} bytes; at most {max_bytes:,} are read")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: Path, max_bytes: int, *, links: bool = True) -> bytes:
+    """Reads a whole file; see `open_regular`."""
+    with (
+        open_regular(path, max_bytes=max_bytes, links=links) as descriptor,
+        open(descriptor, "rb", closefd=False) as file,
+    ):
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UnsafeFileError(f"has more than the {max_bytes:,} bytes that are read at most")
+    return content
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """A JSON object from bytes.
+
+    Raises:
+        ValueError: They are none.
+    """
+    try:
+        values = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError("must hold one JSON object")
+    return values
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads a JSON object of a model's folder.
+
+    Raises:
+        ModelError: The file is missing, too large, or is none.
+    """
+    try:
+        return parse_json(read_bytes(path, max_bytes))
+    except FileNotFoundError:
+        raise ModelError(f"has no {path.name}", path.parent) from None
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", path) from None
+    except ValueError as error:
+        raise ModelError(str(error), path) from None

@@ -1,0 +1,202 @@
+"""What a run is built of: the model's source, tokenizer, data, first weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bertner import kernels
+from bertner.checkpoint import list_checkpoints
+from bertner.config import BertConfig, TrainConfig
+from bertner.corpus import CorpusStream, CorpusSummary
+from bertner.data import PreparedData, TokenDataset, prepare
+from bertner.data_cache import prepare_file
+from bertner.errors import UsageError
+from bertner.files import read_json
+from bertner.hub import ModelSource, find_model
+from bertner.hub_datasets import open_dataset
+from bertner.model import BertForNER
+from bertner.readers import check_file, open_file
+from bertner.tokenizer import Tokenizer
+
+logger = logging.getLogger("bertner")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is built of."""
+
+    source: ModelSource
+    corpora: dict[str, CorpusSummary]
+    datasets: dict[str, TokenDataset]
+    model: BertForNER
+    tokenizer: Tokenizer
+
+    def save_model(self, folder: Path) -> None:
+        """Writes a complete model folder, as `transformers` would."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save(folder)
+
+
+def build_parts(config: TrainConfig) -> Parts:
+    """Reads the tokenizer, the data, and then the weights: mistakes are in the data."""
+    device = find_device(config.device)
+    products_for(config, device)  # a choice that cannot be had here is said first
+    data = _find_data(config)
+    source = find_model(config.model_name_or_path, config.model_revision, weights=False)
+    folder, output_dir = source.folder.resolve(), Path(config.output_dir).resolve()
+    if folder == output_dir or folder in [path for _, path in list_checkpoints(output_dir)]:
+        raise UsageError(
+            f"output_dir {config.output_dir} holds the model to start from; choose another folder"
+        )
+    tokenizer = _load_tokenizer(folder)
+    prepared = _prepare_data(config, data, tokenizer)
+    label_set = prepared["train"].dataset.label_set
+    if source.commit is not None:
+        find_model(source.name, source.commit)  # the weights too
+    # Seeded first, so that a new head is the same in every run with this seed.
+    torch.manual_seed(config.seed)
+    model = BertForNER.from_pretrained(
+        source.folder,
+        id2label=dict(enumerate(label_set.names)),
+        attn_implementation=config.attn_implementation,
+    ).to(device)
+    return Parts(
+        source,
+        {split: each.summary for split, each in prepared.items()},
+        {split: each.dataset for split, each in prepared.items()},
+        model,
+        tokenizer,
+    )
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "config.json"
+    return Tokenizer.from_pretrained(folder, BertConfig.from_dict(read_json(path), path))
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a user names; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UsageError(f"device {name!r} cannot be used here: {reason}") from None
+    return device
+
+
+def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
+    """The data by split, training data first: files that are there, or splits of a dataset."""
+    data: dict[str, Path | CorpusStream] = {}
+    if config.train_file is None:
+        data.update(
+            open_dataset(
+                config.train_source,
+                config_name=config.dataset_config_name,
+                **columns_of(config.text_column_name, config.label_column_name, config.label_names),
+            )
+        )
+    else:
+        files = {
+            "train": config.train_file,
+            "validation": config.validation_file,
+            "test": config.test_file,
+        }
+        data.update({split: Path(path) for split, path in files.items() if path})
+        for path in filter(None, files.values()):
+            check_file(path)
+    if config.load_best_model_at_end and "validation" not in data:
+        raise UsageError("load_best_model_at_end needs validation data: give --validation_file")
+    if config.eval_strategy != "no" and "validation" not in data:
+        logger.warning("no validation data, so nothing is scored during training")
+    return data
+
+
+def columns_of(text_column: str, label_column: str, label_names: str | None) -> dict[str, Any]:
+    """What readers are told of a source's columns."""
+    return {
+        "text_column": text_column,
+        "label_column": label_column,
+        "label_names": label_names.split(",") if label_names else None,
+    }
+
+
+def _prepare_data(
+    config: TrainConfig, data: dict[str, Path | CorpusStream], tokenizer: Tokenizer
+) -> dict[str, PreparedData]:
+    """Reads and tokenises all data; the training data say what the labels are."""
+    columns = columns_of(config.text_column_name, config.label_column_name, config.label_names)
+    row_limit = tokenizer.row_limit(config.max_seq_length)
+    prepared: dict[str, PreparedData] = {}
+    label_set = None
+    for split, source in data.items():
+        settings: dict[str, Any] = {
+            "label_all_tokens": config.label_all_tokens,
+            "row_limit": row_limit,
+            "max_samples": config.max_train_samples
+            if split == "train"
+            else config.max_eval_samples,
+        }
+        # A pipe can be read only once, and so not be hashed first.
+        if isinstance(source, Path) and source.is_file() and config.data_cache:
+            prepared[split] = prepare_file(
+                source, tokenizer, label_set, name=split, columns=columns, settings=settings
+            )
+        else:
+            stream = open_file(source, **columns) if isinstance(source, Path) else source
+            prepared[split] = prepare(stream, tokenizer, label_set, **settings)
+        label_set = prepared["train"].dataset.label_set
+    return prepared
+
+
+def announce(config: TrainConfig, parts: Parts, total_steps: int) -> None:
+    """Says in the log what is about to be trained, on what and how."""
+    source, model = parts.source, parts.model
+    commit = f" at {source.commit[:12]}" if source.commit else ""
+    logger.info(
+        "model: %s%s, %s, %s parameters",
+        source.name,
+        commit,
+        model.config.shape,
+        f"{model.num_parameters:,}",
+    )
+    for split, corpus in parts.corpora.items():
+        logger.info(
+            "%s: %s sentences, %s words, %s entities, %s tokens from %s",
+            split,
+            f"{corpus.num_sentences:,}",
+            f"{corpus.num_words:,}",
+            f"{sum(corpus.entity_counts.values()):,}",
+            f"{len(parts.datasets[split].input_ids):,}",
+            corpus.source,
+        )
+    logger.info(
+        "%d steps on %s with %d threads, %s, rows %s, seed %d, into %s",
+        total_steps,
+        model.device,
+        torch.get_num_threads(),
+        config.dtype,
+        "packed" if config.packing else f"padded, attention {config.attn_implementation}",
+        config.seed,
+        config.output_dir,
+    )
+    logger.info("matrix products: %s", products_for(config, model.device))
+
+
+def products_for(config: TrainConfig, device: torch.device) -> kernels.Products:
+    """How matrices are multiplied; padded rows keep to PyTorch's default."""
+    matmul = config.matmul if config.packing else "default"
+    return kernels.choose_products(matmul, device, config.dtype)

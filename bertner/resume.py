@@ -1,0 +1,209 @@
+"""How a run begins: anew, or where it was when it was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bertner.checkpoint import Checkpoint, load_checkpoint, load_newest
+from bertner.config import TrainConfig
+from bertner.errors import (
+    CheckpointError,
+    OutputDirectoryError,
+    ResumeMismatchError,
+)
+from bertner.kernels import Products, keep_products
+from bertner.loop import TrainState
+from bertner.output_dir import find_run
+from bertner.record import differences, machine_facts
+
+logger = logging.getLogger("bertner")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        record: Of the run that is to be carried on; None for a new one.
+        checkpoint: Where that run stood; None for the first step.
+        finished: Whether that run is finished.
+        replaces: Whether the output directory is to be emptied first.
+    """
+
+    record: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint | None = None
+    finished: bool = False
+    replaces: bool = False
+
+
+def find_start(config: TrainConfig, output_dir: Path) -> Start:
+    """Looks for what there is to carry on; for who holds the directory's lock.
+
+    With `overwrite_output_dir` the run that is there is replaced, unless it began with just that
+    and was interrupted: the same command then carries it on, like any other.
+
+    Raises:
+        OutputDirectoryError: The directory holds something else.
+        CheckpointError: The checkpoint that is named, or each one that is there, is damaged.
+    """
+    record = find_run(output_dir)
+    overwrite = config.overwrite_output_dir
+    if config.resume_from_checkpoint is not None:
+        checkpoint = load_checkpoint(Path(config.resume_from_checkpoint))
+        is_inside = checkpoint.folder.resolve().parent == output_dir.resolve()
+        if record is not None and not is_inside and not overwrite:
+            raise OutputDirectoryError(
+                f"{output_dir} holds a run, and {checkpoint.folder} is not of it; choose another "
+                "--output_dir, or replace that run with --overwrite_output_dir"
+            )
+        replaces = record is not None and not is_inside
+        return Start(record_of(checkpoint), checkpoint, replaces=replaces)
+    if record is None:
+        return Start()
+    finished = "finished" in record
+    if overwrite and (finished or not _began_with_overwriting(record)):
+        return Start(replaces=True)
+    if finished:
+        return Start(record, finished=True)
+    try:
+        newest = load_newest(output_dir)
+    except CheckpointError:
+        if overwrite:
+            return Start(replaces=True)
+        raise
+    return Start(record, None) if newest is None else Start(record_of(newest), newest)
+
+
+def _began_with_overwriting(record: Mapping[str, Any]) -> bool:
+    config = record.get("config")
+    return not record or (isinstance(config, dict) and bool(config.get("overwrite_output_dir")))
+
+
+def record_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The record of the run that a checkpoint is of.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    record = checkpoint.state.get("run")
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{checkpoint.folder}: damaged: says nothing of its run")
+    return record
+
+
+def keep_choices(start: Start, config: TrainConfig, device: torch.device) -> None:
+    """Lets a run that is carried on multiply as it began, where it still can.
+
+    Which library is the fastest is measured, and so may come out otherwise the next time.
+    """
+    record = start.record or {}
+    products, then = record.get("products"), record.get("config")
+    if record.get("machine") != machine_facts(device) or not isinstance(then, dict):
+        return
+    if not isinstance(products, dict) or then.get("matmul") != config.matmul:
+        return
+    library, emulates = products.get("library"), products.get("emulates_bfloat16")
+    if library in ("default", "onednn") and isinstance(emulates, bool):
+        matmul = config.matmul if config.packing else "default"
+        kept = Products(library, emulates, "as this run began")
+        keep_products(matmul, device, config.dtype, kept)
+
+
+def settle_start(start: Start, config: TrainConfig, record: dict[str, Any]) -> Start:
+    """Compares the run that was with what is to be done now, and enters it into the new record.
+
+    Args:
+        start: As found.
+        config: Settings of now.
+        record: `record.run_record` of now; is added to.
+
+    Raises:
+        ResumeMismatchError: It would not be the same run.
+        OutputDirectoryError: Another run is finished there.
+    """
+    if start.record is None:
+        return start
+    found = differences(start.record, record)
+    if start.finished:
+        if not found.task:
+            return start
+        raise OutputDirectoryError(
+            f"{config.output_dir} holds another run, which is finished ({_few(found.task)}); "
+            "choose another --output_dir, or replace that run with --overwrite_output_dir"
+        )
+    if found.task and config.overwrite_output_dir and config.resume_from_checkpoint is None:
+        return Start(replaces=True)
+    where = config.output_dir if start.checkpoint is None else start.checkpoint.folder
+    if found and not config.allow_inexact_resume:
+        raise ResumeMismatchError(
+            f"{where} is of a run that was not this one: {found}\n"
+            "Carry on all the same, which is recorded, with --allow_inexact_resume; or choose "
+            "another --output_dir, or start over with --overwrite_output_dir."
+        )
+    if start.checkpoint is None:
+        logger.info("the run in %s had no checkpoint yet: it begins again", config.output_dir)
+        return start
+    if found:
+        logger.warning("carrying on, but not as the same run: %s", found)
+    before = start.record.get("resumes")
+    record["started"] = start.record.get("started", record["started"])
+    record["resumes"] = [
+        *(before if isinstance(before, list) else []),
+        {
+            "step": start.checkpoint.step,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "differences": [*found.task, *found.machine],
+        },
+    ]
+    return start
+
+
+def _few(items: list[str]) -> str:
+    return "; ".join(items[:3]) + ("; ..." if len(items) > 3 else "")
+
+
+def state_of(checkpoint: Checkpoint) -> TrainState:
+    """What `loop.train` needs, besides the weights, to carry on from a checkpoint.
+
+    Raises:
+        CheckpointError: The state is not one that this release reads.
+    """
+    counters = checkpoint.state.get("counters")
+    if not isinstance(counters, dict) or counters.get("step") != checkpoint.step:
+        raise CheckpointError(f"{checkpoint.folder}: damaged: its counters are not of its step")
+    return TrainState(
+        step=checkpoint.step,
+        best_step=counters.get("best_step"),
+        counters=counters,
+        optimizer=checkpoint.optimizer,
+    )
+
+
+def load_weights(weights: Mapping[str, Tensor], model: nn.Module, folder: Path) -> None:
+    """Copies weights into a model; names, shapes and types are compared before.
+
+    Raises:
+        ResumeMismatchError: They are not the model's.
+    """
+    state = model.state_dict()
+    kinds = [
+        {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        for tensors in (weights, state)
+    ]
+    if kinds[0] != kinds[1]:
+        names = sorted({name for name, _ in kinds[0].items() ^ kinds[1].items()})
+        raise ResumeMismatchError(
+            f"{folder} has the weights of another model: {_few(names)} differ\n"
+            "Choose another --output_dir, or start over with --overwrite_output_dir."
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(weights[name])

@@ -1,0 +1,267 @@
+"""Tensors by name in safetensors files, and model folders in the Hugging Face layout, in and out.
+
+Reading never runs code from a file and never copies a tensor before its name and shape are checked.
+All that bertner knows of other people's naming habits is in `canonical_name`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bertner.config import BertConfig
+from bertner.errors import ModelError
+from bertner.files import (
+    MAX_JSON_BYTES,
+    UnsafeFileError,
+    make_folder,
+    open_regular,
+    read_json,
+    replace_file,
+    write_json,
+)
+
+Shape = tuple[int, ...]
+
+# What is written, and safetensors' names for it.
+_DTYPES = {torch.float32: "F32", torch.int64: "I64"}
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, mapped from it: contents are read when used.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens a file; the handle stays open as long as this object or a reader of its does.
+
+        Raises:
+            ModelError: It is damaged, or none.
+        """
+        self.path = path
+        try:
+            _check_header(path)
+            file: Any = safe_open(path, framework="pt")
+            self._file = file
+            self._names: dict[str, None] = dict.fromkeys(file.keys())
+        except (SafetensorError, OSError, UnsafeFileError) as error:
+            raise ModelError(f"not a readable safetensors file: {error}", path) from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        result: Tensor = self._file.get_tensor(name)
+        return result
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _check_header(path: Path) -> None:
+    """Refuses a header that is out of all proportion before a parser sees it."""
+    with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_JSON_BYTES:
+        raise UnsafeFileError(f"the header has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+
+
+def tensor_chunks(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """Yields a safetensors file piece by piece, without holding a second copy of it.
+
+    The bytes are those of `safetensors.torch.save`, whose own function for files knows neither
+    fsync nor how to say that a disk is full.
+
+    Args:
+        tensors: float32 and int64, on any device.
+        metadata: Text to keep in the header.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        if tensors[name].numel():  # memoryview has no cast for none
+            array: Any = tensors[name].detach().cpu().contiguous().flatten().numpy()
+            yield memoryview(array).cast("B")
+
+
+def canonical_name(name: str) -> str | None:
+    """The name that `transformers` gives today to a tensor of a BERT checkpoint.
+
+    Handles names from before `LayerNorm.weight` (`gamma`, `beta`) and checkpoints of the bare
+    encoder (no `bert.` prefix). None for what a token classifier has no use for: the pretraining
+    heads (`cls.*`), the pooler, and the position ids that old releases saved.
+    """
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+    if name.startswith(("embeddings.", "encoder.", "pooler.")):
+        name = "bert." + name
+    if name.startswith(("cls.", "bert.pooler.")) or name.endswith(".position_ids"):
+        return None
+    return name
+
+
+class Weights:
+    """The tensors of a model folder: names and shapes at once, contents when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the weights in `folder`.
+
+        Takes `model.safetensors`, sharded safetensors, `pytorch_model.bin` or sharded `.bin`, in
+        this order.
+
+        Raises:
+            ModelError: There are none, or a file is damaged or unsafe.
+        """
+        self._tensors: dict[str, Tensor] = {}
+        for path in _weight_files(folder):
+            if path.suffix == ".safetensors":
+                self._add_safetensors(path)
+            else:
+                self._add_pickle(path)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of each tensor by its canonical name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor as float32, in memory of its own rather than mapped from the file."""
+        return self._tensors[name].to(torch.float32, copy=True)
+
+    def _add(self, path: Path, raw: str, tensor: Tensor) -> None:
+        name = canonical_name(raw)
+        if name is None:
+            return
+        if name in self._tensors:
+            raise ModelError(f"holds {name} twice", path)
+        if not tensor.is_floating_point():
+            raise ModelError(f"{name} holds integers; quantised weights cannot be trained", path)
+        self._tensors[name] = tensor
+
+    def _add_safetensors(self, path: Path) -> None:
+        try:
+            for raw, tensor in TensorFile(path).items():
+                self._add(path, raw, tensor)
+        except SafetensorError as error:  # a type of numbers that PyTorch does not have
+            raise ModelError(f"not a readable safetensors file: {error}", path) from None
+
+    def _add_pickle(self, path: Path) -> None:
+        try:
+            # weights_only builds tensors and plain containers and refuses everything else.
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a hostile or broken file provokes
+            reason = str(error).strip().split("\n", 1)[0]
+            raise ModelError(
+                "not loaded: not a plain file of tensors, or a pickle that would run code "
+                f"({type(error).__name__}: {reason[:200]})",
+                path,
+            ) from None
+        if not isinstance(content, dict):
+            raise ModelError(f"holds a {type(content).__name__}, not tensors by name", path)
+        for raw, tensor in content.items():
+            if not isinstance(raw, str) or not isinstance(tensor, Tensor):
+                raise ModelError(f"holds {raw!r}, which is no tensor", path)
+            self._add(path, raw, tensor)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return [folder / single]
+        if index.is_file():
+            mapping = read_json(index).get("weight_map")
+            if not isinstance(mapping, dict) or not mapping:
+                raise ModelError("has no weight_map", index)
+            names = sorted(set(map(str, mapping.values())))
+            for name in names:
+                if Path(name).name != name or Path(name).suffix != Path(single).suffix:
+                    raise ModelError(f"names {name!r}, which is not a weight file beside it", index)
+                if not (folder / name).is_file():
+                    raise ModelError(f"names {name}, which is missing", index)
+            return [folder / name for name in names]
+    raise ModelError(
+        "no weights: needs model.safetensors or pytorch_model.bin, whole or sharded", folder
+    )
+
+
+def check_weights(
+    found: Mapping[str, Shape], wanted: Mapping[str, Shape], folder: Path
+) -> tuple[list[str], list[str]]:
+    """Compares the tensors of a folder with those of a model, before any is copied.
+
+    Args:
+        found: Shapes by canonical name, in the folder.
+        wanted: Shapes by name, in the model.
+        folder: Named in errors.
+
+    Returns:
+        Names of the head's tensors that the folder does not have in this shape, and names in the
+        folder that are another model's head.
+
+    Raises:
+        ModelError: The encoder differs; every name that is missing, unexpected or of another shape
+            is in the message.
+    """
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    other_shape = [name for name in wanted if name in found and found[name] != wanted[name]]
+    problems = []
+    if bad := [name for name in missing if name.startswith("bert.")]:
+        problems.append(f"{len(bad)} missing: {', '.join(bad)}")
+    if bad := [name for name in unexpected if name.startswith("bert.")]:
+        problems.append(f"{len(bad)} unexpected: {', '.join(bad)}")
+    if bad := [name for name in other_shape if name.startswith("bert.")]:
+        shapes = [f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in bad]
+        problems.append(f"{len(bad)} of another shape than config.json says: {', '.join(shapes)}")
+    if problems:
+        others = [name for name in unexpected if not name.startswith("bert.")]
+        if others and len(others) == len(unexpected):
+            problems.append(f"the file holds instead: {', '.join(others)}")
+        raise ModelError(
+            f"the weights are not those of this BERT encoder; {'; '.join(problems)}", folder
+        )
+    head = [name for name in wanted if not name.startswith("bert.")]
+    new = [name for name in head if name in missing or name in other_shape]
+    return new, unexpected
+
+
+def save_model(folder: Path, config: BertConfig, state: Mapping[str, Tensor]) -> None:
+    """Writes `config.json` and `model.safetensors` as `transformers` would.
+
+    Args:
+        folder: Made if it is missing.
+        config: The model's shape and labels.
+        state: Tensors by name.
+
+    Raises:
+        StorageError: The disk fails.
+    """
+    make_folder(folder)
+    replace_file(folder / "model.safetensors", tensor_chunks(state, {"format": "pt"}))
+    write_json(folder / "config.json", config.to_dict())
