@@ -68,7 +68,7 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
     with lock_output_dir(output_dir):
         start = find_start(config, output_dir)  # before minutes of downloading
         keep_choices(start, config, find_device(config.device))
-        parts = build_parts(config)
+        parts = build_parts(config, start.commit_of(config))
         record = run_record(config, recipe, parts)
         start = settle_start(start, config, record)
         if start.finished:
@@ -173,6 +173,11 @@ class _Run:
         )
 
     def write_checkpoint(self, state: TrainState, metrics: bytes) -> Path:
+        """Makes a checkpoint, and removes older ones."""
+        if self.start.checkpoint is not None:  # may be one of those
+            self.start.checkpoint.weights.close()
+            self.start.checkpoint.optimizer.close()
+
         def write(folder: Path) -> None:
             self.parts.save_model(folder)
             values = {

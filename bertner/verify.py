@@ -47,8 +47,9 @@ def run_verification(directory: str) -> None:
             sound.append(load_checkpoint(folder))
             say(f"{folder}: sound")
         except CheckpointError as error:
-            damaged.append(folder.name)
-            logger.error("%s", error)
+            if folder.exists():  # or a run that is going on has just removed it
+                damaged.append(folder.name)
+                logger.error("%s", error)
     pairs = [pair for pair in pairwise(sound) if not _changed_between(*pair)]
     if pairs:
         _replay(*min(pairs, key=lambda pair: pair[1].step - pair[0].step))
@@ -73,8 +74,9 @@ def _replay(first: Checkpoint, second: Checkpoint) -> None:
         config = TrainConfig.from_dict(record["config"])
     except (LookupError, TypeError, UsageError) as error:
         raise CheckpointError(f"{second.folder}: its settings are none: {error}") from None
-    keep_choices(Start(record), config, find_device(config.device))
-    parts = build_parts(config)
+    start = Start(record)
+    keep_choices(start, config, find_device(config.device))
+    parts = build_parts(config, start.commit_of(config))
     if found := differences(record, run_record(config, "", parts)):
         raise ResumeMismatchError(
             f"{first.folder}: the steps after it cannot be done again exactly: {found}\n"

@@ -62,6 +62,10 @@ class TensorFile(Mapping[str, Tensor]):
         result: Tensor = self._file.get_tensor(name)
         return result
 
+    def close(self) -> None:
+        """Lets the file go; until then the disk keeps it, even after it has been removed."""
+        self._file, self._names = None, {}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
