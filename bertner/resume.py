@@ -21,8 +21,8 @@ from bertner.errors import (
 )
 from bertner.hub import is_commit
 from bertner.kernels import Products, keep_products
-from bertner.loop import TrainState
 from bertner.output_dir import find_run
+from bertner.progress import TrainState
 from bertner.record import differences, machine_facts
 
 logger = logging.getLogger("bertner")

@@ -28,13 +28,15 @@ from bertner.checkpoint import (
 from bertner.config import TrainConfig
 from bertner.data import prepare
 from bertner.errors import DataError, RunStoppedError
+from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import read_json, write_json, write_text
 from bertner.hub import find_model
-from bertner.loop import Evaluation, Stopped, TrainResult, TrainState, evaluate, train
+from bertner.loop import train
 from bertner.model import BertForNER
 from bertner.output_dir import RECORD, lock_output_dir, remove_run
 from bertner.parts import Parts, announce, build_parts, columns_of, find_device
 from bertner.predict import Tagger
+from bertner.progress import TrainResult, TrainState
 from bertner.readers import decode_lines, open_file, read_lines
 from bertner.record import run_record
 from bertner.report import RunReport, format_scores, progress_bar, say

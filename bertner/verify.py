@@ -15,8 +15,10 @@ from torch import Tensor
 from bertner.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from bertner.config import TrainConfig
 from bertner.errors import CheckpointError, ResumeMismatchError, UsageError
-from bertner.loop import Evaluation, StepReport, train
+from bertner.evaluation import Evaluation
+from bertner.loop import train
 from bertner.parts import build_parts, find_device
+from bertner.progress import StepReport
 from bertner.record import differences, run_record
 from bertner.report import progress_bar, say
 from bertner.resume import Start, keep_choices, load_weights, record_of, state_of
@@ -120,7 +122,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 class _Counter:
-    """Counts steps; a `loop.Watcher`."""
+    """Counts steps; a `progress.Watcher`."""
 
     def __init__(self, on_step: Callable[[int], Any]) -> None:
         self.num_steps = 0

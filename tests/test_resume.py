@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bertner import checkpoint, kernels, loop, parts, record, run
+from bertner import checkpoint, evaluation, kernels, loop, parts, progress, record, run
 from bertner.checkpoint import list_checkpoints, load_checkpoint
 from bertner.cli import train_main
 from bertner.config import TrainConfig
@@ -108,7 +108,7 @@ NEXT_STEP = """
 steps = bertner.loop.steps_from
 bertner.loop.steps_from = lambda first, *rest: steps(first + (first > 0), *rest)
 """
-FRESH_AVERAGES = "bertner.loop.load_named_state = lambda *args: None"
+FRESH_AVERAGES = "bertner.progress.load_named_state = lambda *args: None"
 
 
 @pytest.mark.parametrize("code", [NO_SEED, NEXT_STEP, FRESH_AVERAGES])
@@ -159,12 +159,12 @@ MOMENTS: dict[str, tuple[object, str, int]] = {
     "first batch": (loop, "dropout_seed", 1),
     "training": (loop, "dropout_seed", 14),
     "last step": (loop, "dropout_seed", 2 * TOTAL_STEPS - 1),
-    "evaluation": (loop, "packed_by_length", 2),
-    "evaluation before a save": (loop, "packed_by_length", 3),
-    "last evaluation": (loop, "packed_by_length", 5),
+    "evaluation": (evaluation, "packed_by_length", 2),
+    "evaluation before a save": (evaluation, "packed_by_length", 3),
+    "last evaluation": (evaluation, "packed_by_length", 5),
     "saving": (checkpoint, "_write_manifest", 2),
     "last save": (checkpoint, "_write_manifest", 6),
-    "final evaluation": (loop, "packed_by_length", 6),
+    "final evaluation": (evaluation, "packed_by_length", 6),
 }
 
 
@@ -237,7 +237,7 @@ def test_a_stop_while_the_test_data_are_scored_when_nothing_was_saved(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = ["--save_strategy", "no", "--load_best_model_at_end", "false"]
-    send_once(monkeypatch, loop, "packed_by_length", signal.SIGTERM, 6)
+    send_once(monkeypatch, evaluation, "packed_by_length", signal.SIGTERM, 6)
     assert train_main([*arguments, *extra]) == 75
     assert [step for step, _ in list_checkpoints(tmp_path / "out")] == [TOTAL_STEPS]
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -693,7 +693,7 @@ def test_what_is_not_finite_is_never_kept(
         patch.setattr(loop, "dropout_seed", seed)
         patch.setattr(loop, "token_loss", spoiled_loss)
         patch.setattr(loop, "gradient_norm", spoiled_norm)
-        patch.setattr(loop, "named_state", spoiled_state)
+        patch.setattr(progress, "named_state", spoiled_state)
         assert train_main(arguments) == 70
     errors = capsys.readouterr().err
     if where in ("loss", "gradient"):
