@@ -163,6 +163,13 @@ def _conll_sentences(lines: Iterable[str], builder: CorpusBuilder) -> Iterator[R
     number, is_first = 0, True
     for number, line in enumerate(lines, 1):
         row = line.rstrip(" \t\r")
+        if "\r" in row:  # also of -DOCSTART-, which would take the words after it along
+            raise DataError(
+                "a carriage return within the line; if it ends lines, convert the file "
+                "(tr '\\r' '\\n')",
+                builder.source,
+                number,
+            )
         if not row or (row[0] == "-" and _begins_document(row)):
             if words:
                 yield document, words, tags, range(number - len(words), number)
@@ -170,13 +177,6 @@ def _conll_sentences(lines: Iterable[str], builder: CorpusBuilder) -> Iterator[R
             if row and not is_first:
                 document += 1
             continue
-        if "\r" in row:
-            raise DataError(
-                "a carriage return within the line; if it ends lines, convert the file "
-                "(tr '\\r' '\\n')",
-                builder.source,
-                number,
-            )
         # With tabs an empty or spaced word is possible; without, runs of spaces part the columns.
         if "\t" in row:
             columns = row.split("\t")

@@ -628,6 +628,8 @@ BAD_FILES: list[tuple[str, str | bytes, int | None, str]] = [
     ("a.txt", f"a {'x' * 9999}\n", 1, "has no B-"),
     ("a.txt", "a O\rb O\r", 1, "a carriage return within the line; .*tr"),
     ("a.txt", "a O\n\rb\rc O\n", 2, "a carriage return within the line"),
+    ("a.txt", "a O\n\n-DOCSTART- O\rb O\rc O\n", 3, "a carriage return within the line"),
+    ("a.txt", "-DOCSTART-\r\ra O\r", 1, "a carriage return within the line"),
     ("a.txt", "a O\nb\0 O\n", 2, "NUL byte"),
     ("a.txt", "a O\nb O\n".encode("utf-16"), 1, "NUL byte.*iconv -f utf-16"),
     ("a.txt", "a O\nMüller B-PER\n".encode("latin1"), 2, "0xfc is not UTF-8; convert.*iconv"),
