@@ -292,7 +292,8 @@ class CorpusBuilder:
         scheme = self.conclude()
         type_names = tuple(sorted(self.kinds))
         # The last element is for O, whose type is -1.
-        number = np.array([*map(type_names.index, self.kinds), -1], dtype=np.int16)
+        index = {name: k for k, name in enumerate(type_names)}
+        number = np.array([*map(index.__getitem__, self.kinds), -1], dtype=np.int16)
         return Corpus(
             **{**vars(everything), "types": number[everything.types]},
             source=self.source,

@@ -933,6 +933,15 @@ def test_a_disk_that_fails_is_not_bad_data(
     assert caught.value.exit_code == 74
 
 
+def test_as_many_types_as_there_may_be(folder: Path) -> None:
+    content = "".join(f"a B-{k:05}\n" for k in reversed(range(MAX_TYPES)))
+    start = time.process_time()
+    corpus = read(folder, "a.txt", content)
+    assert time.process_time() - start < 0.5
+    check_invariants(corpus)
+    assert corpus.types.tolist() == [*reversed(range(MAX_TYPES))]
+
+
 def test_irregular_tags_are_a_warning_that_names_the_first(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
