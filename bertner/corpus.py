@@ -241,7 +241,8 @@ class CorpusBuilder:
             self._num_exceptions[name] += len(exceptions)
             if len(exceptions) and name not in self._first_exception:
                 word = int(exceptions[0])
-                self._first_exception[name] = int(lines[word]), self.tags[word], self.words[word]
+                tag = " ".join(self.tags[word].split())  # line breaks around its type are forgiven
+                self._first_exception[name] = int(lines[word]), tag, self.words[word]
         block = Sentences(
             words=self.words,
             prefixes=to_iob2(prefixes, types, starts[:-1]),

@@ -960,6 +960,10 @@ def test_irregular_tags_are_a_warning_that_names_the_first(
     caplog.clear()
     read(folder, "a.txt", "a I-X\nb B-X\n\nc I-X\n")
     assert not caplog.records
+    # White space that is forgiven in a tag does not break the warning's line.
+    read(folder, "a.jsonl", lines_of({"tokens": ["a", "b"], "ner_tags": ["B-X", "\nE-\u2028Y\n"]}))
+    (warning,) = [entry.getMessage() for entry in caplog.records]
+    assert "the first is E- Y on 'b'" in warning
 
 
 # Whatever is in a file, the outcome is a corpus or a DataError.
