@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,7 +212,7 @@ def _json_sentences(
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = _JSON.decode(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", str(error))
             raise DataError(
@@ -242,6 +243,18 @@ def _json_sentences(
                 number,
             )
         yield 0, words, tags, [number] * len(words)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that it has twice, one value would be lost in silence."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {short(twice)} twice in one object")
+    return record
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _listed(names: Iterable[str]) -> str:
