@@ -137,20 +137,26 @@ def make_spans(rng: random.Random, odd: float, bad: float) -> bytes:
                 span = {"start": len(text), "end": len(text) + len(word), "label": tag[2:]}
                 entities.append(span)
             text += word + rng.choice([" ", " ", " ", "  ", "\n", "\u2028", "\xa0", ". "])
-        if bad and entities and rng.random() < 0.3:
+        if bad and entities and rng.random() < 0.2:
             span = rng.choice(entities)
-            span[rng.choice(["start", "end"])] += rng.choice([-1, 1, -9, 9, -100, 100])
+            if rng.random() < 0.5:
+                entities.append({**span, "label": "Y"})  # in the same place
+            else:
+                span[rng.choice(["start", "end"])] += rng.choice([-1, 1, -9, 9, -100, 100])
         rng.shuffle(entities)
         records.append({"text": text, "entities": entities})
     return json_lines(rng, records, bad)
 
 
 def json_lines(rng: random.Random, records: list[dict[str, Any]], bad: float) -> bytes:
-    """One record a line; if some are to be bad, one value may be what it must not."""
-    if bad and rng.random() < 0.5:
+    """One record a line; if some are to be bad, a value may be what it must not, or a key twice."""
+    if bad and rng.random() < 0.4:
         spoil(rng, rng.choice(records))
     ascii_only = rng.random() < 0.5
     lines = [json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records]
+    if bad and rng.random() < 0.2:
+        again = rng.choice(['{"tokens": ["a"], ', '{"ner_tags": ["O"], ', '{"text": "a", '])
+        lines[0] = lines[0].replace("{", again, 1)
     return "".join(lines).encode(errors="surrogatepass")
 
 
@@ -233,6 +239,15 @@ def rearrange(content: bytes, rng: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
+def join(content: bytes, rng: random.Random) -> bytes:
+    """Makes two lines one."""
+    lines = content.split(b"\n")
+    at = rng.randrange(len(lines))
+    joint = rng.choice([b"\r", b"\r", b" ", b"\t", b"", *(end.encode() for end in LINE_ENDS)])
+    lines[at : at + 2] = [joint.join(lines[at : at + 2])]
+    return b"\n".join(lines)
+
+
 def change_line_ends(content: bytes, rng: random.Random) -> bytes:
     ends = rng.choice([[b"\r\n"], [b"\r\n", b"\n"], [b"\r"], [b"\n", b"\n", b"\r"], [b" \t\r\r\n"]])
     first, *others = content.split(b"\n")
@@ -267,14 +282,14 @@ def swell(content: bytes, rng: random.Random) -> bytes:
 
 ACCIDENTS = [
     *[insert, insert, overwrite, delete, flip, truncate, rearrange, rearrange],
-    *[change_line_ends, change_spaces, mark, mark],
+    *[join, join, change_line_ends, change_spaces, mark, mark],
 ]
 
 
 def make_mutant(kind: str, seed: int) -> bytes:
     """A file of a kind; the same for the same seed."""
     rng = random.Random(f"{kind} {seed}")
-    content = MAKERS[kind](rng, rng.choice([0, 0.1, 0.5]), rng.choice([0, 0, 0, 0.02, 0.2]))
+    content = MAKERS[kind](rng, rng.choice([0, 0.1, 0.5]), rng.choice([0, 0, 0.01, 0.1]))
     for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 3))):
         content = rng.choice(ACCIDENTS)(content, rng)
     # Rare: what swells takes long, and the others are seldom good for more than one refusal.
@@ -295,6 +310,7 @@ class Word(NamedTuple):
 
 def oracle(kind: str, content: bytes) -> list[list[Word]]:
     """The sentences of a file that is good; if it is not, whatever comes of it."""
+    assert b"\0" not in content
     lines = content.decode("utf-8-sig").split("\n")
     if kind == "conll":
         sentences = conll_oracle(lines)
