@@ -718,11 +718,11 @@ def test_what_is_not_finite_is_never_kept(
 def test_minilm_on_conll_killed_five_times(tmp_path: Path, runner: Runner) -> None:
     data = SHARED_DATA / "conll2003"
     arguments = [
-        *["--model", MINILM, "--train_file", str(data / "train.txt"), "--max_steps", "120"],
+        *["--model", MINILM, "--train_file", str(data / "train.txt"), "--max_steps", "60"],
         *["--validation_file", str(data / "valid.txt"), "--max_eval_samples", "200"],
         *["--gradient_accumulation_steps", "2", "--logging_steps", "10", "--disable_tqdm"],
-        *["--eval_strategy", "steps", "--eval_steps", "30", "--learning_rate", "5e-5"],
-        *["--save_strategy", "steps", "--save_steps", "12", "--save_total_limit", "2"],
+        *["--eval_strategy", "steps", "--eval_steps", "20", "--learning_rate", "5e-5"],
+        *["--save_strategy", "steps", "--save_steps", "6", "--save_total_limit", "2"],
     ]
     whole, *others = run_with_kills(runner, arguments, tmp_path, 5)
     assert others
