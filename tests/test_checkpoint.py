@@ -181,15 +181,15 @@ class Killed(BaseException):
 
 
 HALF = "half"  # of what is to be written is written
-# What becomes of an operation (an error, HALF or None), given how many come between it and one that
-# was chosen.
-Fault = Callable[[int], BaseException | str | None]
+# What becomes of an operation: an error, HALF or None. It is told by how many operations it comes
+# after one that was chosen, and its name.
+Fault = Callable[[int, str], BaseException | str | None]
 
 
 class FailingOs(OtherOs):
     """Counts the operations that change the disk, and lets some of them fail."""
 
-    def __init__(self, fault: Fault = lambda _: None, at: int = 0) -> None:
+    def __init__(self, fault: Fault = lambda *_: None, at: int = 0) -> None:
         self.fault = fault
         self.at = at
         self.operations: list[str] = []
@@ -203,7 +203,7 @@ class FailingOs(OtherOs):
             if args[0] not in self.written:
                 return None
             self.written.remove(args[0])
-        fault = self.fault(len(self.operations) - self.at)
+        fault = self.fault(len(self.operations) - self.at, name)
         self.operations.append(name)
         if isinstance(fault, BaseException):
             raise fault
@@ -222,20 +222,21 @@ def error(number: int) -> OSError:
 
 
 KILLS: dict[str, Fault] = {
-    "killed": lambda k: Killed() if k >= 0 else None,
-    "killed within a write": lambda k: HALF if k == 0 else Killed() if k > 0 else None,
+    "killed": lambda k, _: Killed() if k >= 0 else None,
+    "killed within a write": lambda k, _: HALF if k == 0 else Killed() if k > 0 else None,
 }
 ERRORS: dict[str, Fault] = {
-    "disk full": lambda k: error(errno.ENOSPC) if k == 0 else None,
-    "disk full within a write": lambda k: (
-        HALF if k == 0 else error(errno.ENOSPC) if k == 1 else None
+    "full": lambda k, _: error(errno.ENOSPC) if k == 0 else None,
+    "full within a write": lambda k, _: [HALF, error(errno.ENOSPC)][k] if k in (0, 1) else None,
+    "fails": lambda k, _: error(errno.EIO) if k == 0 else None,
+    # As Linux does with a disk that fails.
+    "fails, then read-only": lambda k, name: (
+        error(errno.EIO) if k == 0 else error(errno.EROFS) if k > 0 and name != "close" else None
     ),
-    "disk fails": lambda k: error(errno.EIO) if k == 0 else None,
-    "disk gone": lambda k: error(errno.EIO) if k >= 0 else None,
 }
 SHORT_WRITES: dict[str, Fault] = {
-    "one": lambda k: HALF if k == 0 else None,
-    "every second": lambda k: HALF if k % 2 == 0 else None,
+    "one": lambda k, _: HALF if k == 0 else None,
+    "every second": lambda k, _: HALF if k % 2 == 0 else None,
 }
 
 
@@ -257,7 +258,7 @@ class Trial:
     def save(self) -> None:
         self.scene.save(self.saver, self.folder / "trial")
 
-    def points(self, kind: str = "", every: int = 1) -> list[int]:
+    def points(self, kind: str, every: int = 1) -> list[int]:
         """Numbers of the operations to be tried: all, or all writes if that is the kind.
 
         Scenes differ only in the end, when the new checkpoint has come to the disk; what comes
@@ -272,8 +273,9 @@ class Trial:
         assert set(names) >= {"open", "write", "fsync", "close", "mkdir", "rename"}
         end = len(names) - names[::-1].index("open") - 1  # the manifest's
         first = 0 if self.scene is SCENES["one is kept"] else end
-        points = [*range(first, end, every), *range(end, len(names))]
-        return [n for n in points if "write" not in kind or names[n] == "write"]
+        return [
+            n for n in range(first, len(names), every) if "write" not in kind or names[n] == "write"
+        ]
 
 
 @pytest.fixture
@@ -292,23 +294,23 @@ def test_killed_at_any_operation(trial: Trial, kind: str) -> None:
         seen.append(numbers_in(output_dir))
         remove_leftovers(output_dir)  # as the next start does
         assert not leftovers(output_dir)
-        assert numbers_in(output_dir) == seen[-1]
+        assert [step for step, _ in list_checkpoints(output_dir)] == [int(n) for n in seen[-1]]
     # One after the other, and none is left out.
     states = [now for now, before in zip(seen, [None, *seen], strict=False) if now != before]
     assert states == (trial.scene.states if kind == "killed" else trial.scene.states[:1])
 
 
-@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_gone(trial: Trial, every: int) -> None:
     """The same with processes that really end, without anything of ours being run any more."""
-    for n in trial.points(every=every):
+    for n in trial.points("any", every):
         output_dir = trial.begin()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads
             pid = os.fork()
         if pid == 0:
             try:
-                with FailingOs(lambda k: os._exit(9) if k == 0 else None, n):
+                with FailingOs(lambda k, _: os._exit(9) if k == 0 else None, n):
                     trial.save()
             finally:
                 os._exit(1)
@@ -317,7 +319,6 @@ def test_a_process_that_is_gone(trial: Trial, every: int) -> None:
         assert found in trial.scene.states
         remove_leftovers(output_dir)
         assert not leftovers(output_dir)
-        assert numbers_in(output_dir) == found
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -330,7 +331,7 @@ def test_any_operation_fails(trial: Trial, kind: str) -> None:
         assert str(caught.value).startswith(f"{output_dir}/")
         assert caught.value.exit_code == 74
         assert numbers_in(output_dir) in trial.scene.states
-        if kind != "disk gone":  # there nothing can be removed either
+        if "read-only" not in kind:  # there nothing can be removed either
             assert all(name.startswith(".removed-") for name in leftovers(output_dir))
         trial.saver.save(output_dir, 6, 6 + NEW / 2, keep=1)
         assert numbers_in(output_dir) == [6 + NEW / 2]
@@ -497,14 +498,14 @@ def numbers_on(tree: Tree, folder: Path, seen: dict[Any, list[float]]) -> list[f
     return seen[key]
 
 
-@pytest.mark.parametrize("draws", [4, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draws", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_power_loss_at_any_operation(trial: Trial, folder: Path, draws: int) -> None:
     output_dir = trial.begin()
     with PowerLoss(output_dir, draws) as power:
         trial.save()
         during, power.disks = power.disks, []
         power.collect()
-    assert power.num_operations > 100
+    assert power.num_operations > 70
     seen: dict[Any, list[float]] = {}
     for disk in during:
         assert numbers_on(disk, folder, seen) in trial.scene.states
@@ -678,7 +679,7 @@ def test_any_bit_counts(two: Path, name: str) -> None:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=f"checkpoint-6: damaged: .*{name}"):
             load_checkpoint(path.parent)
-        if number % 10 == 0:
+        if number % 40 == 0:
             found = load_newest(two)
             assert found is not None
             assert number_of(found) == 3
@@ -688,13 +689,13 @@ def test_any_bit_counts(two: Path, name: str) -> None:
 
 def test_all_are_damaged(two: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _, checkpoint in list_checkpoints(two):
-        (checkpoint / MANIFEST).unlink()
+        (checkpoint / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="all 2 are damaged"):
         load_newest(two)
     named = ["--resume_from_checkpoint", str(two / "checkpoint-6")]
     arguments = ["--model", str(model_folder), "--output_dir", str(two)]
     assert train_main([*arguments, *named]) == 76
-    assert f"{two}/checkpoint-6: damaged: {MANIFEST} is missing" in capsys.readouterr().err
+    assert f"{two}/checkpoint-6: damaged: {WEIGHTS} is missing\n" in capsys.readouterr().err
 
 
 def test_checkpoints_under_each_other_s_name(two: Path) -> None:
@@ -702,9 +703,21 @@ def test_checkpoints_under_each_other_s_name(two: Path) -> None:
     (two / "checkpoint-6").rename(two / "checkpoint-3")
     (two / "other").rename(two / "checkpoint-6")
     for step, was in [(3, 6), (6, 3)]:
-        with pytest.raises(CheckpointError, match=f"-{step}: damaged: .* checkpoint of step {was}"):
+        with pytest.raises(CheckpointError, match=f"-{step}: damaged: .* is that of step {was}"):
             load_checkpoint(two / f"checkpoint-{step}")
     with pytest.raises(CheckpointError, match="all 2 are damaged"):
+        load_newest(two)
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(
+    two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise error(errno.EACCES)
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        for name in ("listdir", "scandir"):
+            patch.setattr(os, name, refuse)
         load_newest(two)
 
 
@@ -721,88 +734,78 @@ def stays(there: set[int], step: int, keep: int | None, best: int | None) -> set
     return {old for old in there | {step} if is_kept(old)}
 
 
-def steps_in(output_dir: Path) -> set[int]:
-    return {step for step, _ in list_checkpoints(output_dir)}
+def found_in(output_dir: Path) -> dict[int, float | None]:
+    """Numbers of the checkpoints by step; None for those that are damaged."""
+    found: dict[int, float | None] = {}
+    for step, checkpoint in list_checkpoints(output_dir):
+        try:
+            found[step] = number_of(load_checkpoint(checkpoint))
+        except CheckpointError:
+            found[step] = None
+    return found
 
 
-def save_and_compare(
-    saver: Saver, output_dir: Path, rng: random.Random, num_events: int
-) -> dict[str, int]:
-    """A run to which all sorts of things happen; returns how often which did."""
+def train_badly(saver: Saver, output_dir: Path, rng: random.Random, num_events: int) -> list[str]:
+    """A run to which all sorts of things happen; returns what."""
     keep = rng.choice([1, 1, 2, 3, None])
-    happened = dict.fromkeys(("saved", "killed", "damaged", "went back"), 0)
-    damaged: set[int] = set()
-    made: dict[int, set[float]] = {}  # numbers of the checkpoints that a step has had
-    step = 0  # where the run stands: in a checkpoint that is whole, once there is one
+    happened = []
+    there: dict[int, float | None] = {}  # as it must be
+    step = 0  # where the run stands: at a checkpoint that is whole, once there is one
     best: int | None = None
-
-    def whole() -> dict[int, float]:
-        steps = steps_in(output_dir) - damaged
-        return {s: number_of(load_checkpoint(output_dir / f"checkpoint-{s}")) for s in steps}
-
     for event in range(num_events):
+        whole = [old for old, number in there.items() if number is not None]
         chance = rng.random()
-        there = whole()
-        if chance < 0.7 or not there:
-            before, last = steps_in(output_dir), step
-            step += rng.randint(1, 2)
+        if chance < 0.7 or not whole:
+            new = step + rng.randint(1, 2)
             if rng.random() < 0.3:
-                best = step
-            number = step + (event + 1) / 1024
-            made.setdefault(step, set()).add(number)
-            # Somewhere in the 150 operations, or where folders are renamed and removed, or not.
-            kill = rng.choice([rng.randrange(150), rng.randrange(100, 150), 10**6, 10**6])
+                best = new
+            number = new + (event + 1) / 1024
+            # Anywhere, or where folders are renamed and removed, or after the end of the save.
+            kill = rng.choice([rng.randrange(100), rng.randrange(70, 120), 1000, 1000])
             try:
                 with FailingOs(KILLS["killed"], kill):
-                    saver.save(output_dir, step, number, keep=keep, best_step=best)
-            except Killed:
-                happened["killed"] += 1
-                remove_leftovers(output_dir)
-                damaged = {s for s in damaged if s in steps_in(output_dir)}
-                # What was damaged may have been replaced by what is whole.
-                damaged -= {step} if _is_whole(output_dir / f"checkpoint-{step}") else set()
-                newest = load_newest(output_dir) if steps_in(output_dir) else None
-                assert newest is not None or not there
-                step = 0 if newest is None else newest.step
-                assert step >= last
-            else:
-                happened["saved"] += 1
-                assert steps_in(output_dir) == stays(before, step, keep, best)
-                damaged &= steps_in(output_dir) - {step}
-                assert whole()[step] == number
+                    saver.save(output_dir, new, number, keep=keep, best_step=best)
+                happened.append("saved")
+                kept = stays(set(there), new, keep, best)
+                there = {old: {**there, new: number}[old] for old in kept}
+                assert found_in(output_dir) == there
                 assert not leftovers(output_dir)
-            best = best if best in whole() and best <= step else None
-        elif chance < 0.85 and len(there) > 1:
-            happened["damaged"] += 1
-            victim = rng.choice(sorted(there))
+                step = new
+            except Killed:
+                happened.append("killed")
+                remove_leftovers(output_dir)
+                found = found_in(output_dir)
+                for old in found:
+                    assert found[old] in ([there.get(old), number] if old == new else [there[old]])
+                there = found
+                newest = load_newest(output_dir) if whole else None
+                assert newest is not None or not whole
+                assert newest is None or newest.step >= step, "never older than the one before"
+                step = newest.step if newest else max(found, default=0)
+        elif chance < 0.85 and len(whole) > 1:
+            happened.append("damaged")
+            victim = rng.choice(whole)
             path = output_dir / f"checkpoint-{victim}" / rng.choice(CHECKPOINT_FILES)
             path.write_bytes(path.read_bytes() + b"!")
-            damaged.add(victim)
+            there[victim] = None
             newest = load_newest(output_dir)
             assert newest is not None
-            assert newest.step == max(set(there) - {victim})
+            assert newest.step == max(set(whole) - {victim})
             step = newest.step
         else:
-            happened["went back"] += 1
-            step = rng.choice(sorted(there))
-        for old, number in whole().items():
-            assert number in made[old]
+            happened.append("went back")
+            step = rng.choice(whole)
+        if best is not None and (best > step or there.get(best) is None):
+            best = None
     return happened
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        load_checkpoint(folder)
-    except CheckpointError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("num_runs", [16, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_runs", [8, pytest.param(400, marks=pytest.mark.slow)])
 def test_what_is_kept(saver: Saver, folder: Path, num_runs: int) -> None:
     happened: Counter[str] = Counter()
     for seed in range(num_runs):
         output_dir = folder / str(seed)
         make_folder(output_dir)
-        happened.update(save_and_compare(saver, output_dir, random.Random(seed), 30))
+        happened.update(train_badly(saver, output_dir, random.Random(seed), 30))
+    assert sorted(happened) == ["damaged", "killed", "saved", "went back"]
     assert min(happened.values()) > num_runs
