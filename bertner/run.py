@@ -27,7 +27,7 @@ from bertner.checkpoint import (
 )
 from bertner.config import TrainConfig
 from bertner.data import prepare
-from bertner.errors import DataError, RunStoppedError
+from bertner.errors import DataError, RunStoppedError, UsageError
 from bertner.files import read_json, write_json, write_text
 from bertner.hub import find_model
 from bertner.loop import Evaluation, Stopped, TrainResult, TrainState, evaluate, train
@@ -335,9 +335,12 @@ def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dic
 def _labelling(folder: Path) -> dict[str, Any]:
     """How a model's training data was labelled and cut; as by default if others trained it."""
     try:
+        names = ("label_all_tokens", "max_seq_length")
         config = read_json(folder / "run.json")["config"]
-        return {name: config[name] for name in ("label_all_tokens", "max_seq_length")}
-    except (DataError, KeyError, TypeError):
+        settings = {name: config[name] for name in names}
+        TrainConfig.from_dict(settings)  # or they make no sense
+        return settings
+    except (DataError, UsageError, KeyError, TypeError):
         return {"label_all_tokens": True, "max_seq_length": None}
 
 

@@ -73,6 +73,12 @@ def _replay(first: Checkpoint, second: Checkpoint) -> None:
         config = TrainConfig.from_dict(record["config"])
     except (LookupError, TypeError, UsageError) as error:
         raise CheckpointError(f"{second.folder}: its settings are none: {error}") from None
+    for path in filter(None, (config.train_file, config.validation_file, config.test_file)):
+        if not Path(path).is_file():  # of a pipe there is nothing left, or it never ends
+            raise ResumeMismatchError(
+                f"{first.folder}: the steps after it cannot be done again: {path} is no file\n"
+                "The checkpoints themselves are sound; put the data of the run back there."
+            )
     keep_choices(Start(record), config, find_device(config.device))
     parts = build_parts(config)
     if found := differences(record, run_record(config, "", parts)):
