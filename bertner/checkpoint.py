@@ -230,7 +230,7 @@ def verify_checkpoint(folder: Path) -> None:
         if not isinstance(content, dict) or manifest != _manifest_bytes(content):
             raise UnsafeFileError(f"{MANIFEST} is not as it was written")
         if content["step"] != int(match[1]):
-            raise UnsafeFileError(f"is the checkpoint of step {content['step']}")
+            raise UnsafeFileError(f"is the checkpoint of step {content['step']!r}")
         entries = content["files"]
         if sorted(entries) != sorted(CHECKPOINT_FILES):
             raise UnsafeFileError(f"{MANIFEST} names other files than a checkpoint has")

@@ -229,8 +229,8 @@ def _positive(text: str) -> int:
 
 def _message(text: object) -> str:
     """What goes to the terminal of a message that may quote any file: two lines, all visible."""
-    first, *second = visible(str(text)[:_MAX_MESSAGE]).split("\n", 1)
-    return "\n".join([first, *(line.replace("\n", "\\n") for line in second)])
+    lines = str(text)[:_MAX_MESSAGE].split("\n", 1)
+    return "\n".join(map(visible, lines))[:_MAX_MESSAGE]
 
 
 class _Formatter(logging.Formatter):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bertner.errors import ModelError, UsageError
+from bertner.errors import ModelError, UsageError, visible
 
 # The names that `hidden_act` may have in a BERT config.json. model.py has the functions; the names
 # are here so that a config can be checked without torch.
@@ -28,7 +29,7 @@ ACTIVATIONS = (
 # Far above any BERT, and low enough that no file can ask for a model that takes minutes to lay out
 # or whose size is past all numbers.
 _MAX_SIZE = 1 << 24
-_MAX_LAYERS = 512
+_MAX_LAYERS = 128
 _MAX_LABELS = (1 << 15) - 1  # they are kept in 16 bits
 
 
@@ -103,9 +104,10 @@ class BertConfig:
             or not all(isinstance(name, str) and name for name in self.id2label.values())
             or not self.id2label
         ):
-            raise ModelError(f"id2label must name the labels 0, 1, 2, ..., not {self.id2label!r}")
+            labels = reprlib.repr(self.id2label)
+            raise ModelError(f"id2label must name the labels 0, 1, 2, ..., not {labels}")
         if len(set(self.id2label.values())) != len(self.id2label):
-            raise ModelError(f"id2label names a label twice: {list(self.id2label.values())}")
+            raise ModelError(f"id2label names a label twice: {reprlib.repr(self.label_names)}")
         if self.num_labels > _MAX_LABELS:
             raise ModelError(f"id2label names {self.num_labels:,} labels; {_MAX_LABELS:,} can be")
 
@@ -422,7 +424,7 @@ def check_settings(values: Mapping[str, Any], path: object = None) -> None:
         close = difflib.get_close_matches(unknown[0][:100], known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         where = f"{path}: " if path else ""
-        raise UsageError(f"{where}no such setting: {', '.join(unknown)}{hint}")
+        raise UsageError(f"{where}no such setting: {visible(', '.join(unknown))}{hint}")
 
 
 def read_settings(path: str) -> dict[str, Any]:

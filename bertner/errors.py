@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 
 # Characters that steer a terminal or turn the order of what is shown round, and halves of pairs,
-# which are none; but not the end of a line.
-_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# which are none.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """Text that may go to a terminal, whoever wrote it: what would steer it is spelt out."""
-    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    """Text as it may go to a terminal, whoever wrote it: on one line, what steers it spelt out."""
+    return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class BertnerError(Exception):

@@ -379,7 +379,7 @@ class BertForNER(nn.Module):
                 "tags: it is not a trained model for named entities; train one with bertner-train"
             ) from None
         for name in label_set.names:
-            if visible(name) != name or "\n" in name:
+            if visible(name) != name:
                 raise ModelError(f"the model's label {name!r} has characters that steer a terminal")
         return label_set
 

@@ -97,8 +97,11 @@ class RunReport:
 
     def _restore(self, state: Any) -> None:
         for name, kind in _STATE.items():
-            value: Any = state.get(name) if isinstance(state, dict) else None
-            if type(value) is not kind or (kind is int and not 0 <= value < 1 << 63):
+            value = state.get(name) if isinstance(state, dict) else None
+            fits = type(value) is kind
+            if isinstance(value, int):  # a number of steps, of which no float need hold more
+                fits = fits and 0 <= value < 1 << 63
+            if not fits:
                 raise CheckpointError(
                     f"cannot be carried on from: the log's {name} is no {kind.__name__}"
                 )

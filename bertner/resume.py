@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,17 @@ def state_of(checkpoint: Checkpoint) -> TrainState:
         counters=counters,
         optimizer=checkpoint.optimizer,
     )
+
+
+@contextmanager
+def naming(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """Puts the folder in front of what the loop and the report find wrong with its state."""
+    try:
+        yield
+    except CheckpointError as error:
+        if checkpoint is None or not str(error).startswith("cannot be carried on from"):
+            raise
+        raise CheckpointError(f"{checkpoint.folder} {error}") from None
 
 
 def load_weights(weights: Mapping[str, Tensor], model: nn.Module, folder: Path) -> None:

@@ -43,6 +43,7 @@ from bertner.resume import (
     find_start,
     keep_choices,
     load_weights,
+    naming,
     settle_start,
     state_of,
 )
@@ -79,7 +80,7 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
         # From here on there is something to lose; before, a signal ends the process as usual.
         with StopSignals() as stop:
             _begin(config, parts, start, record)
-            with _open_report(config, total_steps, start) as report:
+            with naming(start.checkpoint), _open_report(config, total_steps, start) as report:
                 _Run(config, parts, start, record, list(arguments), stop, report).train()
 
 

@@ -19,7 +19,7 @@ from bertner.loop import Evaluation, StepReport, train
 from bertner.parts import build_parts, find_device
 from bertner.record import differences, run_record
 from bertner.report import progress_bar, say
-from bertner.resume import Start, keep_choices, load_weights, record_of, state_of
+from bertner.resume import Start, keep_choices, load_weights, naming, record_of, state_of
 
 logger = logging.getLogger("bertner")
 
@@ -89,7 +89,7 @@ def _replay(first: Checkpoint, second: Checkpoint) -> None:
     load_weights(first.weights, parts.model, first.folder)
     num_steps = second.step - first.step
     logger.info("doing the %d steps after %s again", num_steps, first.folder)
-    with progress_bar(num_steps, " step", "replay", show=True) as bar:
+    with naming(first), progress_bar(num_steps, " step", "replay", show=True) as bar:
         watcher = _Counter(bar.update)
         result = train(
             parts.model,

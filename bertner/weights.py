@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bertner.config import BertConfig
-from bertner.errors import ModelError
+from bertner.errors import ModelError, visible
 from bertner.files import (
     MAX_JSON_BYTES,
     UnsafeFileError,
@@ -45,6 +45,7 @@ _CALLS = {
     *["torch HalfStorage", "torch BFloat16Storage", "torch LongStorage", "torch IntStorage"],
     *["torch ShortStorage", "torch CharStorage", "torch ByteStorage", "torch BoolStorage"],
 }
+_MAX_TENSORS = 1 << 14  # of bert-large and its optimizer there are 1,564
 _MAX_PICKLE_BYTES = 16 << 20
 _MAX_PICKLE_STEPS = 1 << 18  # bert-large has 16,000
 # How `torch.save` began before it wrote zip archives: a pickle of this number.
@@ -68,11 +69,15 @@ class TensorFile(Mapping[str, Tensor]):
         try:
             _check_header(path)
             file: Any = safe_open(path, framework="pt")
+            names = file.keys()
+            if len(names) > _MAX_TENSORS:
+                raise UnsafeFileError(f"it has more than {_MAX_TENSORS:,} tensors")
+            if odd := [name for name in names if visible(name) != name]:
+                raise UnsafeFileError(f"it has a tensor of the name {odd[0]!r}")
             # All of them now: a type or shape that PyTorch does not have is found out here.
-            self._tensors: dict[str, Tensor] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
         except Exception as error:  # whatever a hostile or broken file provokes
-            reason = str(error) or type(error).__name__
-            raise ModelError(f"not a readable safetensors file: {reason}", path) from None
+            raise ModelError(f"not a readable safetensors file: {_reason(error)}", path) from None
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -82,6 +87,11 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error; PyTorch's go on with pages of its insides."""
+    return str(error).strip().split("\n", 1)[0][:200]
 
 
 def _check_header(path: Path) -> None:
@@ -229,16 +239,15 @@ class Weights:
             # weights_only builds tensors and plain containers and refuses everything else.
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a hostile or broken file provokes
-            reason = str(error).strip().split("\n", 1)[0]
             raise ModelError(
                 "not loaded: not a plain file of tensors, or a pickle that would run code "
-                f"({type(error).__name__}: {reason[:200]})",
+                f"({type(error).__name__}: {_reason(error)})",
                 path,
             ) from None
         if not isinstance(content, dict):
             raise ModelError(f"holds a {type(content).__name__}, not tensors by name", path)
         for raw, tensor in content.items():
-            if not isinstance(raw, str) or not isinstance(tensor, Tensor):
+            if not isinstance(raw, str) or visible(raw) != raw or not isinstance(tensor, Tensor):
                 raise ModelError(f"holds {raw!r}, which is no tensor", path)
             self._add(path, raw, tensor)
         # Views of one small storage can be of any size. What has no use may be: it is not copied.
@@ -261,7 +270,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 if Path(name).name != name or Path(name).suffix != Path(single).suffix:
                     raise ModelError(f"names {name!r}, which is not a weight file beside it", index)
                 if not os.path.lexists(folder / name):
-                    raise ModelError(f"names {name}, which is missing", index)
+                    raise ModelError(f"names {name!r}, which is missing", index)
             return [folder / name for name in names]
     raise ModelError(
         "no weights: needs model.safetensors or pytorch_model.bin, whole or sharded", folder
