@@ -51,10 +51,10 @@ CHECKPOINT_FILES = (
 
 _FORMAT = 1  # of the training state; another one is not read
 _MAX_MANIFEST_BYTES = 1 << 16
-_MAX_STATE_BYTES = 1 << 26  # it grows with the number of evaluations
-_MAX_METRICS_BYTES = 1 << 32
+_MAX_STATE_BYTES = 1 << 24  # it grows with the number of evaluations: enough for 100,000
+_MAX_METRICS_BYTES = 1 << 28  # it is held in memory
 
-_NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 # What is being written, and what is being removed; neither is ever read.
 LEFTOVERS = (".staging-checkpoint-*", ".removed-checkpoint-*")
 
@@ -243,7 +243,7 @@ def verify_checkpoint(folder: Path) -> None:
         if not isinstance(content, dict) or manifest != _manifest_bytes(content):
             raise UnsafeFileError(f"{MANIFEST} is not as it was written")
         if content["step"] != int(match[1]):
-            raise UnsafeFileError(f"{MANIFEST} is that of step {content['step']}")
+            raise UnsafeFileError(f"{MANIFEST} is that of step {content['step']!r}")
         entries = content["files"]
         if sorted(entries) != sorted(CHECKPOINT_FILES):
             raise UnsafeFileError(f"{MANIFEST} names other files than a checkpoint has")

@@ -16,11 +16,13 @@ from typing import Any, NoReturn
 
 from bertner import __version__
 from bertner.config import EVAL_TOKENS, RECIPES, TrainConfig, read_settings
-from bertner.errors import BertnerError, StorageError, UsageError
+from bertner.errors import BertnerError, StorageError, UsageError, visible
 
 SAMPLE = Path(__file__).parent / "sample"
 
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+
+_MAX_MESSAGE = 1 << 15  # characters; all names of a large model's weights have fewer
 
 
 class _Parser(argparse.ArgumentParser):
@@ -225,25 +227,36 @@ def _positive(text: str) -> int:
     return value
 
 
+def _message(text: object) -> str:
+    """What goes to the terminal of a message that may quote any file: two lines, all visible."""
+    lines = str(text)[:_MAX_MESSAGE].split("\n", 1)
+    return "\n".join(map(visible, lines))[:_MAX_MESSAGE]
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _message(super().format(record))
+
+
 def _guarded(program: str, command: Callable[[], None]) -> int:
     """Runs a command; what a user can cause ends in a line on stderr and an exit code."""
     logger = logging.getLogger("bertner")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"{program}: %(message)s"))
+    handler.setFormatter(_Formatter(f"{program}: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         command()
         sys.stdout.flush()
     except BertnerError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(_message(f"{program}: {error}"), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does: not an error, and nothing to say. What
         # is still buffered goes to nowhere, or Python would complain of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(_message(f"{program}: {error}"), file=sys.stderr)
         return StorageError.exit_code
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bertner.errors import ModelError, UsageError
+from bertner.errors import ModelError, UsageError, visible
 
 # The names that `hidden_act` may have in a BERT config.json. model.py has the functions; the names
 # are here so that a config can be checked without torch.
@@ -24,6 +25,12 @@ ACTIVATIONS = (
     "hardswish laplace leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu "
     "sqrtsoftplus swish tanh"
 ).split()
+
+# Far above any BERT, and low enough that no file can ask for a model that takes minutes to lay out
+# or whose size is past all numbers.
+_MAX_SIZE = 1 << 24
+_MAX_LAYERS = 128
+_MAX_LABELS = (1 << 15) - 1  # they are kept in 16 bits
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class BertConfig:
             "max_position_embeddings",
             "type_vocab_size",
         ]:
-            _check_integer(name, getattr(self, name), minimum=1)
+            largest = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+            _check_integer(name, getattr(self, name), minimum=1, maximum=largest)
         if self.hidden_size % self.num_attention_heads:
             raise ModelError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -80,10 +88,11 @@ class BertConfig:
             if not _is_number(probability) or not 0.0 <= probability <= 1.0:
                 raise ModelError(f"{name} must be between 0 and 1, not {probability!r}")
         for name in ("initializer_range", "layer_norm_eps"):
-            if not _is_number(getattr(self, name)) or not getattr(self, name) >= 0.0:
-                raise ModelError(f"{name} must be a number >= 0, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not _is_number(value) or not 0.0 <= value <= 1000.0:
+                raise ModelError(f"{name} must be a number from 0 to 1000, not {value!r}")
         if self.pad_token_id is not None:
-            _check_integer("pad_token_id", self.pad_token_id, minimum=0)
+            _check_integer("pad_token_id", self.pad_token_id, minimum=0, maximum=_MAX_SIZE)
             if self.pad_token_id >= self.vocab_size:
                 raise ModelError(
                     f"pad_token_id {self.pad_token_id} is outside the vocabulary "
@@ -95,9 +104,12 @@ class BertConfig:
             or not all(isinstance(name, str) and name for name in self.id2label.values())
             or not self.id2label
         ):
-            raise ModelError(f"id2label must name the labels 0, 1, 2, ..., not {self.id2label!r}")
+            labels = reprlib.repr(self.id2label)
+            raise ModelError(f"id2label must name the labels 0, 1, 2, ..., not {labels}")
         if len(set(self.id2label.values())) != len(self.id2label):
-            raise ModelError(f"id2label names a label twice: {list(self.id2label.values())}")
+            raise ModelError(f"id2label names a label twice: {reprlib.repr(self.label_names)}")
+        if self.num_labels > _MAX_LABELS:
+            raise ModelError(f"id2label names {self.num_labels:,} labels; {_MAX_LABELS:,} can be")
 
     @property
     def num_labels(self) -> int:
@@ -155,7 +167,7 @@ class BertConfig:
             labels = values.get("id2label")
             if labels is None:
                 count = values.get("num_labels", 2)
-                _check_integer("num_labels", count, minimum=1)
+                _check_integer("num_labels", count, minimum=1, maximum=_MAX_LABELS)
                 labels = {label: f"LABEL_{label}" for label in range(count)}
             shape["id2label"] = {int(label): str(name) for label, name in labels.items()}
             return cls(**shape)
@@ -187,9 +199,11 @@ def _is_number(value: object) -> bool:
         return False
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
+def _check_integer(name: str, value: object, minimum: int, maximum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ModelError(f"{name} must be an integer >= {minimum}, not {value!r}")
+    if value > maximum:
+        raise ModelError(f"{name} must be at most {maximum:,}, not {value}")
 
 
 def _option(default: Any, help: str, aliases: str = "", choices: str = "") -> Any:
@@ -407,10 +421,10 @@ def check_settings(values: Mapping[str, Any], path: object = None) -> None:
     if unknown:
         import difflib
 
-        close = difflib.get_close_matches(unknown[0], known, n=1)
+        close = difflib.get_close_matches(unknown[0][:100], known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         where = f"{path}: " if path else ""
-        raise UsageError(f"{where}no such setting: {', '.join(unknown)}{hint}")
+        raise UsageError(f"{where}no such setting: {visible(', '.join(unknown))}{hint}")
 
 
 def read_settings(path: str) -> dict[str, Any]:

@@ -5,6 +5,17 @@ Every message is one or two lines: it names the file and the line where it can, 
 
 from __future__ import annotations
 
+import re
+
+# Characters that steer a terminal or turn the order of what is shown round, and halves of pairs,
+# which are none.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Text as it may go to a terminal, whoever wrote it: on one line, what steers it spelt out."""
+    return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)
+
 
 class BertnerError(Exception):
     """Base of all errors that a command reports without a traceback.

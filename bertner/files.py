@@ -20,8 +20,12 @@ from typing import Any
 
 from bertner.errors import ModelError, StorageError
 
-# The most that is read of a JSON file. Parsed, it can take ten times its size.
+# The most that is read of a JSON file, unless more is said to be.
 MAX_JSON_BYTES = 4 << 20
+# Parsed, a value can take a hundred bytes and more. The largest vocabulary has half as many.
+_MAX_JSON_VALUES = 1 << 20
+# What we write has six levels. Whoever walks over a thousand runs out of stack.
+_MAX_JSON_DEPTH = 32
 
 _WRITE_BYTES = 1 << 26  # in one call; Linux takes no more than 2 GiB
 
@@ -194,17 +198,34 @@ def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object from bytes.
 
     Raises:
-        ValueError: They are none.
+        ValueError: They are none, or one that would take too much memory or stack.
     """
+    # Every value but the first of each object or list comes after a comma.
+    if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
+        raise ValueError(f"holds more than {_MAX_JSON_VALUES:,} values")
     try:
-        values = json.loads(content.decode("utf-8"))
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError("must hold one JSON object")
+    if not _is_flat(values, _MAX_JSON_DEPTH):
+        raise ValueError(f"nested more than {_MAX_JSON_DEPTH} levels deep")
     return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return values
+
+
+def _is_flat(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(levels > 1 and _is_flat(v, levels - 1) for v in inner if isinstance(v, dict | list))
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from bertner import kernels
 from bertner.attention import ATTENTION, attention_mask_for, attention_packed
 from bertner.config import BertConfig
-from bertner.errors import ModelError, UsageError
+from bertner.errors import ModelError, UsageError, visible
 from bertner.files import read_json
 from bertner.hub import find_model
 from bertner.labels import IGNORE_INDEX, LabelSet
@@ -378,6 +378,9 @@ class BertForNER(nn.Module):
                 f"the model's labels ({', '.join(label_set.names[:4])}, ...) are not O and B-/I- "
                 "tags: it is not a trained model for named entities; train one with bertner-train"
             ) from None
+        for name in label_set.names:
+            if visible(name) != name:
+                raise ModelError(f"the model's label {name!r} has characters that steer a terminal")
         return label_set
 
     def stack_projections(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bertner import __version__
 from bertner.config import TrainConfig
+from bertner.errors import visible
 from bertner.parts import Parts, products_for
 
 # Whose versions are recorded, besides PyTorch's.
@@ -160,7 +161,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
     for split in {**data, **now["data"]}:
         sums = [_part(part, split).get("sha256") for part in (data, now["data"])]
         if sums[0] != sums[1]:
-            task.append(f"{split} data {_hash(sums[0])} -> {_hash(sums[1])}")
+            task.append(f"{visible(split)} data {_hash(sums[0])} -> {_hash(sums[1])}")
     if then.get("labels") != now["labels"]:
         task.append(f"labels {_shown(then.get('labels'))} -> {_shown(now['labels'])}")
     for name, value in now["sha256"].items():
@@ -182,10 +183,11 @@ def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return "none" if value is None else str(value)
+    if value is None:
+        return "none"
+    text = visible(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    return text if len(text) <= 500 else f"{text[:500]}..."
 
 
 def _hash(value: Any) -> str:
-    return "none" if value is None else f"SHA-256 {str(value)[:8]}"
+    return "none" if value is None else f"SHA-256 {visible(str(value)[:8])}"

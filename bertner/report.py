@@ -34,7 +34,12 @@ TABLE_COLUMNS = (
 
 
 # Attributes of a RunReport that a run which is carried on needs, and their types in JSON.
-_STATE = {"window_loss": float, "window_steps": int, "training_loss": str, "rows": list}
+_STATE: dict[str, type] = {
+    "window_loss": float,
+    "window_steps": int,
+    "training_loss": str,
+    "rows": list,
+}
 
 
 class RunReport:
@@ -91,14 +96,22 @@ class RunReport:
         """What it takes to go on as if nothing had been, as JSON values."""
         return {name: getattr(self, name) for name in _STATE}
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Any) -> None:
         for name, kind in _STATE.items():
-            if type(state.get(name)) is not kind:
-                raise CheckpointError(f"cannot be carried on from: the log's {name} is no {kind}")
-            setattr(self, name, state[name])
-        self.rows = [tuple(map(str, row)) for row in self.rows]
+            value = state.get(name) if isinstance(state, dict) else None
+            fits = type(value) is kind
+            if isinstance(value, int):  # a number of steps, of which no float need hold more
+                fits = fits and 0 <= value < 1 << 63
+            if not fits:
+                raise CheckpointError(
+                    f"cannot be carried on from: the log's {name} is no {kind.__name__}"
+                )
+            setattr(self, name, value)
+        are_lists = all(isinstance(row, list) for row in self.rows)
+        self.rows = [tuple(map(str, row)) for row in self.rows] if are_lists else [()]
         widths = {len(row) for row in self.rows} | {len(TABLE_COLUMNS)}
-        if len(widths) > 1 or not "".join(map("".join, self.rows)).isprintable():
+        cells = [self.training_loss, *(cell for row in self.rows for cell in row)]
+        if len(widths) > 1 or not "".join(cells).isprintable():
             raise CheckpointError("cannot be carried on from: the log's table is none")
         for row in self.rows:
             self._show(row, is_first=row is self.rows[0])

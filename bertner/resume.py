@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -166,10 +167,12 @@ def settle_start(start: Start, config: TrainConfig, record: dict[str, Any]) -> S
         return start
     if found:
         logger.warning("carrying on, but not as the same run: %s", found)
-    before = start.record.get("resumes")
+    before = start.record.get("resumes", [])
+    if not _are_resumes(before):
+        raise CheckpointError(f"{where}: damaged: its list of resumes is none")
     record["started"] = start.record.get("started", record["started"])
     record["resumes"] = [
-        *(before if isinstance(before, list) else []),
+        *before,
         {
             "step": start.checkpoint.step,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -177,6 +180,17 @@ def settle_start(start: Start, config: TrainConfig, record: dict[str, Any]) -> S
         },
     ]
     return start
+
+
+def _are_resumes(values: object) -> bool:
+    """Whether this is what `run_record` says of how a run was carried on."""
+    return isinstance(values, list) and all(
+        isinstance(value, dict)
+        and isinstance(value.get("step"), int)
+        and isinstance(value.get("differences"), list)
+        and all(isinstance(text, str) for text in value["differences"])
+        for value in values
+    )
 
 
 def _few(items: list[str]) -> str:
@@ -192,12 +206,27 @@ def state_of(checkpoint: Checkpoint) -> TrainState:
     counters = checkpoint.state.get("counters")
     if not isinstance(counters, dict) or counters.get("step") != checkpoint.step:
         raise CheckpointError(f"{checkpoint.folder}: damaged: its counters are not of its step")
+    for name, value in counters.items():
+        # None of them can become that large, and no float could hold it.
+        if isinstance(value, int) and not 0 <= value < 1 << 63:
+            raise CheckpointError(f"{checkpoint.folder}: damaged: its {name} is {value}")
     return TrainState(
         step=checkpoint.step,
         best_step=counters.get("best_step"),
         counters=counters,
         optimizer=checkpoint.optimizer,
     )
+
+
+@contextmanager
+def naming(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """Puts the folder in front of what the loop and the report find wrong with its state."""
+    try:
+        yield
+    except CheckpointError as error:
+        if checkpoint is None or not str(error).startswith("cannot be carried on from"):
+            raise
+        raise CheckpointError(f"{checkpoint.folder} {error}") from None
 
 
 def load_weights(weights: Mapping[str, Tensor], model: nn.Module, folder: Path) -> None:

@@ -27,7 +27,7 @@ from bertner.checkpoint import (
 )
 from bertner.config import TrainConfig
 from bertner.data import prepare
-from bertner.errors import DataError, RunStoppedError
+from bertner.errors import DataError, RunStoppedError, UsageError
 from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import read_json, write_json, write_text
 from bertner.hub import find_model
@@ -45,6 +45,7 @@ from bertner.resume import (
     find_start,
     keep_choices,
     load_weights,
+    naming,
     settle_start,
     state_of,
 )
@@ -81,7 +82,7 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
         # From here on there is something to lose; before, a signal ends the process as usual.
         with StopSignals() as stop:
             _begin(config, parts, start, record)
-            with _open_report(config, total_steps, start) as report:
+            with naming(start.checkpoint), _open_report(config, total_steps, start) as report:
                 _Run(config, parts, start, record, list(arguments), stop, report).train()
 
 
@@ -342,9 +343,12 @@ def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dic
 def _labelling(folder: Path) -> dict[str, Any]:
     """How a model's training data was labelled and cut; as by default if others trained it."""
     try:
+        names = ("label_all_tokens", "max_seq_length")
         config = read_json(folder / "run.json")["config"]
-        return {name: config[name] for name in ("label_all_tokens", "max_seq_length")}
-    except (DataError, KeyError, TypeError):
+        settings = {name: config[name] for name in names}
+        TrainConfig.from_dict(settings)  # or they make no sense
+        return settings
+    except (DataError, UsageError, KeyError, TypeError):
         return {"label_all_tokens": True, "max_seq_length": None}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +24,20 @@ from bertner.files import read_bytes, read_json, write_json, write_text
 
 logger = logging.getLogger("bertner")
 
-# The largest in use, with 120,000 entries of many languages, has 3 MB.
-_MAX_VOCABULARY_BYTES = 32 << 20
+# The largest in use, LaBSE's with 500,000 entries, has 5 MB; as JSON 10 MB.
+_MAX_VOCABULARY_BYTES = 16 << 20
+
+# What a tokenizer.json may be made of: all that BERT needs. With other components a file can take
+# any time or memory, now or with a text, or end the process.
+_COMPONENTS = {
+    "normalizer": "BertNormalizer Lowercase NFC NFD NFKC NFKD Strip StripAccents Sequence".split(),
+    "pre_tokenizer": "BertPreTokenizer Whitespace WhitespaceSplit Punctuation Digits "
+    "Sequence".split(),
+    "post_processor": ["BertProcessing", "TemplateProcessing"],
+    "decoder": ["WordPiece"],
+}
+_MAX_PIECES = 16  # of a template; BERT's has five
+_MAX_WORD = 1000  # characters; longer words are unknown, of shorter ones all parts are looked up
 
 _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
@@ -120,7 +133,7 @@ class Tokenizer:
             for role, default in _SPECIAL_TOKENS.items()
         }
         says_lowercase = settings.get("do_lower_case")
-        if (folder / "tokenizer.json").is_file():
+        if os.path.lexists(folder / "tokenizer.json"):
             path = folder / "tokenizer.json"
             fast, lowercase = _load_tokenizer_json(path)
             if isinstance(says_lowercase, bool) and says_lowercase != lowercase:
@@ -131,7 +144,7 @@ class Tokenizer:
                 )
             vocab = fast.get_vocab()
             _check_vocab(vocab, lowercase, special_tokens, config, path)
-        elif (folder / "vocab.txt").is_file():
+        elif os.path.lexists(folder / "vocab.txt"):
             path = folder / "vocab.txt"
             kind = settings.get("tokenizer_class", "BertTokenizer")
             if kind not in ("BertTokenizer", "BertTokenizerFast"):
@@ -140,9 +153,14 @@ class Tokenizer:
                     "tokenizer.json",
                     folder,
                 )
-            vocab = _read_vocab(path)
+            vocab = _read_vocab(path, config)
             lowercase = says_lowercase if isinstance(says_lowercase, bool) else not _is_cased(vocab)
             _check_vocab(vocab, lowercase, special_tokens, config, path)
+            for option in ("strip_accents", "tokenize_chinese_chars"):
+                if not isinstance(settings.get(option), bool | None):
+                    raise ModelError(
+                        f"tokenizer_config.json: {option} is not true or false", folder
+                    )
             # The option names are those of tokenizer_config.json.
             fast = BertWordPieceTokenizer(
                 vocab,
@@ -185,34 +203,70 @@ class Tokenizer:
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _token_text(token: Any, folder: Path) -> str:
     """A special token's string; `transformers` writes a string or an object that holds one."""
     text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
+    if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
         raise ModelError(f"tokenizer_config.json: {token!r} is not a special token", folder)
     return text
 
 
 def _load_tokenizer_json(path: Path) -> tuple[FastTokenizer, bool]:
     content = read_json(path, _MAX_VOCABULARY_BYTES)
+    _check_model(content.get("model"), path)
+    parts = {name: _parts(content.get(name)) for name in _COMPONENTS}
+    for name, kinds in _COMPONENTS.items():
+        for part in parts[name]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in kinds:
+                raise ModelError(f"its {name} is {kind!r}; BERT needs {' '.join(kinds)}", path)
+            templates = [part.get("single", []), part.get("pair", [])]
+            if not all(isinstance(t, list) and len(t) <= _MAX_PIECES for t in templates):
+                raise ModelError(f"its {name} has more than {_MAX_PIECES} pieces", path)
     try:
-        fast = FastTokenizer.from_file(str(path))
+        # What has been checked, and not what another parser makes of the file. Rows are cut and
+        # padded elsewhere.
+        text = json.dumps({**content, "truncation": None, "padding": None})
+        fast = FastTokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"not a tokenizer: {error}", path) from None
-    if content.get("model", {}).get("type", "WordPiece") != "WordPiece":
-        raise ModelError(f"is {content['model']['type']}, not the WordPiece of BERT", path)
-    normalizer = content.get("normalizer") or {}
-    parts = [normalizer, *(normalizer.get("normalizers") or [])]
-    lowercase = any(part.get("lowercase") or part.get("type") == "Lowercase" for part in parts)
-    return fast, lowercase
+    return fast, any(p.get("lowercase") or p["type"] == "Lowercase" for p in parts["normalizer"])
 
 
-def _read_vocab(path: Path) -> dict[str, int]:
+def _parts(component: Any) -> list[Any]:
+    """A component, and those that it is a sequence of."""
+    if component is None:
+        return []
+    parts = [component]
+    for name in ("normalizers", "pretokenizers") if isinstance(component, dict) else ():
+        inner = component.get(name) or []
+        parts += [p for i in (inner if isinstance(inner, list) else [None]) for p in _parts(i)]
+    return parts
+
+
+def _check_model(model: Any, path: Path) -> None:
+    if not isinstance(model, dict):
+        raise ModelError("not a tokenizer: has no model", path)
+    if model.get("type", "WordPiece") != "WordPiece":
+        raise ModelError(f"is {model['type']}, not the WordPiece of BERT", path)
+    vocab, unknown = model.get("vocab"), model.get("unk_token")
+    if not isinstance(vocab, dict) or not isinstance(unknown, str) or unknown not in vocab:
+        raise ModelError(f"has no {unknown} for unknown words in its vocabulary", path)
+    longest = model.get("max_input_chars_per_word")
+    if not isinstance(longest, int) or not 0 < longest <= _MAX_WORD:
+        raise ModelError(f"max_input_chars_per_word must be 1 to {_MAX_WORD}, not {longest}", path)
+
+
+def _read_vocab(path: Path, config: BertConfig) -> dict[str, int]:
     try:
-        lines = read_bytes(path, _MAX_VOCABULARY_BYTES).decode("utf-8").split("\n")
+        content = read_bytes(path, _MAX_VOCABULARY_BYTES)
+        _check_size(content.count(b"\n"), config, path)
+        lines = content.decode("utf-8").split("\n")
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot be read: {error}", path) from None
     if lines[-1] == "":
@@ -244,7 +298,10 @@ def _check_vocab(
         raise ModelError(
             "keeps capital letters, but the vocabulary has none; set do_lower_case to true", path
         )
-    size = max(vocab.values()) + 1
+    _check_size(max(vocab.values()) + 1, config, path)
+
+
+def _check_size(size: int, config: BertConfig, path: Path) -> None:
     if size > config.vocab_size:
         raise ModelError(
             f"the vocabulary has {size} entries, but the model only {config.vocab_size} word "

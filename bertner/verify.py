@@ -21,7 +21,7 @@ from bertner.parts import build_parts, find_device
 from bertner.progress import StepReport
 from bertner.record import differences, run_record
 from bertner.report import progress_bar, say
-from bertner.resume import Start, keep_choices, load_weights, record_of, state_of
+from bertner.resume import Start, keep_choices, load_weights, naming, record_of, state_of
 
 logger = logging.getLogger("bertner")
 
@@ -76,6 +76,12 @@ def _replay(first: Checkpoint, second: Checkpoint) -> None:
         config = TrainConfig.from_dict(record["config"])
     except (LookupError, TypeError, UsageError) as error:
         raise CheckpointError(f"{second.folder}: its settings are none: {error}") from None
+    for path in filter(None, (config.train_file, config.validation_file, config.test_file)):
+        if not Path(path).is_file():  # of a pipe there is nothing left, or it never ends
+            raise ResumeMismatchError(
+                f"{first.folder}: the steps after it cannot be done again: {path} is no file\n"
+                "The checkpoints themselves are sound; put the data of the run back there."
+            )
     start = Start(record)
     keep_choices(start, config, find_device(config.device))
     parts = build_parts(config, start.commit_of(config))
@@ -87,7 +93,7 @@ def _replay(first: Checkpoint, second: Checkpoint) -> None:
     load_weights(first.weights, parts.model, first.folder)
     num_steps = second.step - first.step
     logger.info("doing the %d steps after %s again", num_steps, first.folder)
-    with progress_bar(num_steps, " step", "replay", show=True) as bar:
+    with naming(first), progress_bar(num_steps, " step", "replay", show=True) as bar:
         watcher = _Counter(bar.update)
         result = train(
             parts.model,

@@ -7,17 +7,21 @@ All that bertner knows of other people's naming habits is in `canonical_name`.
 from __future__ import annotations
 
 import json
+import os
+import pickletools
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from bertner.config import BertConfig
-from bertner.errors import ModelError
+from bertner.errors import ModelError, visible
 from bertner.files import (
     MAX_JSON_BYTES,
     UnsafeFileError,
@@ -32,6 +36,20 @@ Shape = tuple[int, ...]
 
 # What is written, and safetensors' names for it.
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
+
+# All that the pickle of a state dict calls. `torch.load(weights_only=True)` runs no code either,
+# but lets a file of some bytes ask for any amount of memory, and has tensors that lie nowhere.
+_CALLS = {
+    *["collections OrderedDict", "torch._utils _rebuild_parameter"],
+    *["torch._utils _rebuild_tensor_v2", "torch DoubleStorage", "torch FloatStorage"],
+    *["torch HalfStorage", "torch BFloat16Storage", "torch LongStorage", "torch IntStorage"],
+    *["torch ShortStorage", "torch CharStorage", "torch ByteStorage", "torch BoolStorage"],
+}
+_MAX_TENSORS = 1 << 14  # of bert-large and its optimizer there are 1,564
+_MAX_PICKLE_BYTES = 16 << 20
+_MAX_PICKLE_STEPS = 1 << 18  # bert-large has 16,000
+# How `torch.save` began before it wrote zip archives: a pickle of this number.
+_OLD_BEGINNING = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -51,26 +69,33 @@ class TensorFile(Mapping[str, Tensor]):
         try:
             _check_header(path)
             file: Any = safe_open(path, framework="pt")
-            self._file = file
-            self._names: dict[str, None] = dict.fromkeys(file.keys())
-        except (SafetensorError, OSError, UnsafeFileError) as error:
-            raise ModelError(f"not a readable safetensors file: {error}", path) from None
+            names = file.keys()
+            if len(names) > _MAX_TENSORS:
+                raise UnsafeFileError(f"it has more than {_MAX_TENSORS:,} tensors")
+            if odd := [name for name in names if visible(name) != name]:
+                raise UnsafeFileError(f"it has a tensor of the name {odd[0]!r}")
+            # All of them now: a type or shape that PyTorch does not have is found out here.
+            self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+        except Exception as error:  # whatever a hostile or broken file provokes
+            raise ModelError(f"not a readable safetensors file: {_reason(error)}", path) from None
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        result: Tensor = self._file.get_tensor(name)
-        return result
+        return self._tensors[name]
 
     def close(self) -> None:
         """Lets the file go; until then the disk keeps it, even after it has been removed."""
-        self._file, self._names = None, {}
+        self._tensors = {}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._tensors)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error; PyTorch's go on with pages of its insides."""
+    return str(error).strip().split("\n", 1)[0][:200]
 
 
 def _check_header(path: Path) -> None:
@@ -79,6 +104,47 @@ def _check_header(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
     if size > MAX_JSON_BYTES:
         raise UnsafeFileError(f"the header has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+
+
+def _check_pickle_file(path: Path) -> None:
+    """Refuses a `.bin` file that would take more than it holds, before PyTorch sees it."""
+    with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        beginning = file.read(len(_OLD_BEGINNING))
+        file.seek(0)
+        if beginning == _OLD_BEGINNING:
+            for _ in range(5):  # that number, a version, the machine, the tensors, their storages
+                _check_pickle(file)
+        elif beginning.startswith(b"PK\3\4"):
+            _check_archive(file)
+        else:
+            raise UnsafeFileError("not what torch.save writes")
+
+
+def _check_archive(file: IO[bytes]) -> None:
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise UnsafeFileError("a compressed archive; torch.save does not compress")
+        # A reader that passes over what stands in front of an archive finds other entries.
+        if sum(entry.file_size for entry in entries) > size or entries[0].header_offset != 0:
+            raise UnsafeFileError("an archive that says it holds more than it does")
+        # PyTorch does not tell capitals from small letters here.
+        for entry in entries:
+            if entry.filename.lower().endswith(".pkl"):
+                if entry.file_size > _MAX_PICKLE_BYTES:
+                    raise UnsafeFileError(f"its pickle has {entry.file_size:,} bytes")
+                _check_pickle(archive.read(entry))
+
+
+def _check_pickle(file: IO[bytes] | bytes) -> None:
+    """Reads a pickle without doing what it says. GLOBAL is all that PyTorch knows for names."""
+    steps = islice(pickletools.genops(file), _MAX_PICKLE_STEPS)
+    for number, (step, argument, _) in enumerate(steps, 1):
+        if step.name == "GLOBAL" and argument not in _CALLS:
+            raise UnsafeFileError(f"its pickle calls {argument}")
+        if number == _MAX_PICKLE_STEPS:
+            raise UnsafeFileError(f"its pickle has more than {number:,} steps")
 
 
 def tensor_chunks(
@@ -168,37 +234,38 @@ class Weights:
         self._tensors[name] = tensor
 
     def _add_safetensors(self, path: Path) -> None:
-        try:
-            for raw, tensor in TensorFile(path).items():
-                self._add(path, raw, tensor)
-        except SafetensorError as error:  # a type of numbers that PyTorch does not have
-            raise ModelError(f"not a readable safetensors file: {error}", path) from None
+        for raw, tensor in TensorFile(path).items():
+            self._add(path, raw, tensor)
 
     def _add_pickle(self, path: Path) -> None:
         try:
+            _check_pickle_file(path)
             # weights_only builds tensors and plain containers and refuses everything else.
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a hostile or broken file provokes
-            reason = str(error).strip().split("\n", 1)[0]
             raise ModelError(
                 "not loaded: not a plain file of tensors, or a pickle that would run code "
-                f"({type(error).__name__}: {reason[:200]})",
+                f"({type(error).__name__}: {_reason(error)})",
                 path,
             ) from None
         if not isinstance(content, dict):
             raise ModelError(f"holds a {type(content).__name__}, not tensors by name", path)
         for raw, tensor in content.items():
-            if not isinstance(raw, str) or not isinstance(tensor, Tensor):
+            if not isinstance(raw, str) or visible(raw) != raw or not isinstance(tensor, Tensor):
                 raise ModelError(f"holds {raw!r}, which is no tensor", path)
             self._add(path, raw, tensor)
+        # Views of one small storage can be of any size. What has no use may be: it is not copied.
+        if sum(t.nbytes for n, t in content.items() if canonical_name(n)) > path.stat().st_size:
+            raise ModelError("holds tensors that share their contents", path)
 
 
 def _weight_files(folder: Path) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
-        if (folder / single).is_file():
+        # What is there must be a file, but that is found out by who opens it.
+        if os.path.lexists(folder / single):
             return [folder / single]
-        if index.is_file():
+        if os.path.lexists(index):
             mapping = read_json(index).get("weight_map")
             if not isinstance(mapping, dict) or not mapping:
                 raise ModelError("has no weight_map", index)
@@ -206,8 +273,8 @@ def _weight_files(folder: Path) -> list[Path]:
             for name in names:
                 if Path(name).name != name or Path(name).suffix != Path(single).suffix:
                     raise ModelError(f"names {name!r}, which is not a weight file beside it", index)
-                if not (folder / name).is_file():
-                    raise ModelError(f"names {name}, which is missing", index)
+                if not os.path.lexists(folder / name):
+                    raise ModelError(f"names {name!r}, which is missing", index)
             return [folder / name for name in names]
     raise ModelError(
         "no weights: needs model.safetensors or pytorch_model.bin, whole or sharded", folder
