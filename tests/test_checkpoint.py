@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import random
@@ -348,6 +349,19 @@ def test_a_short_write_is_carried_on(trial: Trial, kind: str) -> None:
         assert numbers_in(output_dir) == trial.scene.states[-1]
 
 
+@pytest.mark.parametrize("kind", ERRORS)
+def test_any_operation_fails_while_a_file_is_replaced(folder: Path, kind: str) -> None:
+    path = folder / "run.json"
+    reason = os.strerror(errno.ENOSPC if "full" in kind else errno.EIO)
+    for n in [1] if "write" in kind else range(5):  # open, write, fsync, close, rename
+        write_json(path, {"finished": False})
+        with FailingOs(ERRORS[kind], n), pytest.raises(StorageError, match=f"{path}: .*{reason}"):
+            write_json(path, {"finished": True})
+        assert json.loads(path.read_bytes()) == {"finished": False}
+        if "read-only" not in kind:
+            assert leftovers(folder) == ["run.json"]
+
+
 # --- 2. The power goes off ------------------------------------------------------------------------
 
 Tree = dict[str, Any]  # names and what they are of: bytes, or another such
@@ -498,7 +512,7 @@ def numbers_on(tree: Tree, folder: Path, seen: dict[Any, list[float]]) -> list[f
     return seen[key]
 
 
-@pytest.mark.parametrize("draws", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draws", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_power_loss_at_any_operation(trial: Trial, folder: Path, draws: int) -> None:
     output_dir = trial.begin()
     with PowerLoss(output_dir, draws) as power:
@@ -800,7 +814,7 @@ def train_badly(saver: Saver, output_dir: Path, rng: random.Random, num_events: 
     return happened
 
 
-@pytest.mark.parametrize("num_runs", [8, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_runs", [8, pytest.param(150, marks=pytest.mark.slow)])
 def test_what_is_kept(saver: Saver, folder: Path, num_runs: int) -> None:
     happened: Counter[str] = Counter()
     for seed in range(num_runs):
