@@ -180,12 +180,24 @@ def choose_products(matmul: str, device: torch.device, dtype: str) -> Products:
     return _chosen[key]
 
 
-def keep_products(matmul: str, device: torch.device, dtype: str, products: Products) -> None:
-    """Makes `choose_products` answer what it answered before, in a process that has ended.
+@contextmanager
+def keep_products(
+    matmul: str, device: torch.device, dtype: str, products: Products
+) -> Iterator[None]:
+    """While it is open, `choose_products` answers what it did in a process that has ended.
 
     Another choice is as exact, but rounds otherwise.
     """
-    _chosen[matmul, device, dtype] = products
+    key = (matmul, device, dtype)
+    before = _chosen.get(key)
+    _chosen[key] = products
+    try:
+        yield
+    finally:
+        if before is None:
+            del _chosen[key]
+        else:
+            _chosen[key] = before
 
 
 def _measure_products(matmul: str, device: torch.device, dtype: str) -> Products:

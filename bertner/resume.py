@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -113,22 +113,26 @@ def record_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return record
 
 
-def keep_choices(start: Start, config: TrainConfig, device: torch.device) -> None:
-    """Lets a run that is carried on multiply as it began, where it still can.
+def keep_choices(
+    start: Start, config: TrainConfig, device: torch.device
+) -> AbstractContextManager[None]:
+    """Lets a run that is carried on multiply as it began, where it still can, while it is open.
 
     Which library is the fastest is measured, and so may come out otherwise the next time.
     """
     record = start.record or {}
     products = _part(record, "products")
-    if record.get("machine") != machine_facts(device):
-        return
-    if _part(record, "config").get("matmul") != config.matmul:
-        return
     library, emulates = products.get("library"), products.get("emulates_bfloat16")
-    if library in ("default", "onednn") and isinstance(emulates, bool):
-        matmul = config.matmul if config.packing else "default"
-        kept = Products(library, emulates, "as this run began")
-        keep_products(matmul, device, config.dtype, kept)
+    if (
+        record.get("machine") != machine_facts(device)
+        or _part(record, "config").get("matmul") != config.matmul
+        or library not in ("default", "onednn")
+        or not isinstance(emulates, bool)
+    ):
+        return nullcontext()
+    matmul = config.matmul if config.packing else "default"
+    kept = Products(library, emulates, "as this run began")
+    return keep_products(matmul, device, config.dtype, kept)
 
 
 def settle_start(start: Start, config: TrainConfig, record: dict[str, Any]) -> Start:

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
@@ -68,9 +69,10 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
         BertnerError: See the exit codes in `errors`.
     """
     output_dir = Path(config.output_dir)
-    with lock_output_dir(output_dir):
+    with ExitStack() as stack:
+        stack.enter_context(lock_output_dir(output_dir))
         start = find_start(config, output_dir)  # before minutes of downloading
-        keep_choices(start, config, find_device(config.device))
+        stack.enter_context(keep_choices(start, config, find_device(config.device)))
         parts = build_parts(config, start.commit_of(config))
         record = run_record(config, recipe, parts)
         start = settle_start(start, config, record)
@@ -80,10 +82,11 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
         total_steps = config.total_steps(len(parts.datasets["train"]))
         announce(config, parts, total_steps)
         # From here on there is something to lose; before, a signal ends the process as usual.
-        with StopSignals() as stop:
-            _begin(config, parts, start, record)
-            with naming(start.checkpoint), _open_report(config, total_steps, start) as report:
-                _Run(config, parts, start, record, list(arguments), stop, report).train()
+        stop = stack.enter_context(StopSignals())
+        _begin(config, parts, start, record)
+        stack.enter_context(naming(start.checkpoint))
+        report = stack.enter_context(_open_report(config, total_steps, start))
+        _Run(config, parts, start, record, list(arguments), stop, report).train()
 
 
 def _begin(config: TrainConfig, parts: Parts, start: Start, record: dict[str, Any]) -> None:

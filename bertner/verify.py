@@ -17,8 +17,8 @@ from bertner.config import TrainConfig
 from bertner.errors import CheckpointError, ResumeMismatchError, UsageError
 from bertner.evaluation import Evaluation
 from bertner.loop import train
-from bertner.parts import build_parts, find_device
-from bertner.progress import StepReport
+from bertner.parts import Parts, build_parts, find_device
+from bertner.progress import StepReport, TrainState
 from bertner.record import differences, run_record
 from bertner.report import progress_bar, say
 from bertner.resume import Start, keep_choices, load_weights, naming, record_of, state_of
@@ -82,30 +82,20 @@ def _replay(first: Checkpoint, second: Checkpoint) -> None:
                 f"{first.folder}: the steps after it cannot be done again: {path} is no file\n"
                 "The checkpoints themselves are sound; put the data of the run back there."
             )
-    start = Start(record)
-    keep_choices(start, config, find_device(config.device))
-    parts = build_parts(config, start.commit_of(config))
-    if found := differences(record, run_record(config, "", parts)):
-        raise ResumeMismatchError(
-            f"{first.folder}: the steps after it cannot be done again exactly: {found}\n"
-            "The checkpoints themselves are sound; verify on a machine like that of the run."
-        )
-    load_weights(first.weights, parts.model, first.folder)
     num_steps = second.step - first.step
-    logger.info("doing the %d steps after %s again", num_steps, first.folder)
-    with naming(first), progress_bar(num_steps, " step", "replay", show=True) as bar:
-        watcher = _Counter(bar.update)
-        result = train(
-            parts.model,
-            parts.datasets["train"],
-            dataclasses.replace(config, eval_strategy="no", load_best_model_at_end=False),
-            watcher=watcher,
-            state=state_of(first),
-            should_stop=lambda: watcher.num_steps >= num_steps,
-        )
+    start = Start(record)
+    with keep_choices(start, config, find_device(config.device)), naming(first):
+        parts = build_parts(config, start.commit_of(config))
+        if found := differences(record, run_record(config, "", parts)):
+            raise ResumeMismatchError(
+                f"{first.folder}: the steps after it cannot be done again exactly: {found}\n"
+                "The checkpoints themselves are sound; verify on a machine like that of the run."
+            )
+        load_weights(first.weights, parts.model, first.folder)
+        state = _take_steps(config, parts, state_of(first), num_steps)
     other = [
         *_other_names(parts.model.state_dict(), second.weights),
-        *_other_names(result.state.optimizer, second.optimizer),
+        *_other_names(state.optimizer, second.optimizer),
     ]
     if other:
         raise ResumeMismatchError(
@@ -114,6 +104,21 @@ def _replay(first: Checkpoint, second: Checkpoint) -> None:
             "Either something that bertner does not know of has changed, or memory or disk err."
         )
     say(f"The {num_steps} steps from {first.folder.name} to {second.folder.name}: same bits.")
+
+
+def _take_steps(config: TrainConfig, parts: Parts, state: TrainState, num_steps: int) -> TrainState:
+    """Does a number of steps again, and nothing but steps."""
+    logger.info("doing %d steps again after step %d", num_steps, state.step)
+    with progress_bar(num_steps, " step", "replay", show=True) as bar:
+        watcher = _Counter(bar.update)
+        return train(
+            parts.model,
+            parts.datasets["train"],
+            dataclasses.replace(config, eval_strategy="no", load_best_model_at_end=False),
+            watcher=watcher,
+            state=state,
+            should_stop=lambda: watcher.num_steps >= num_steps,
+        ).state
 
 
 def _other_names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

@@ -53,19 +53,14 @@ _OLD_BEGINNING = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, mapped from it: contents are read when used.
-
-    Attributes:
-        path: The file.
-    """
+    """The tensors of a safetensors file by name, mapped from it: contents are read when used."""
 
     def __init__(self, path: Path) -> None:
-        """Opens a file; the handle stays open as long as this object or a reader of its does.
+        """Opens a file.
 
         Raises:
             ModelError: It is damaged, or none.
         """
-        self.path = path
         try:
             _check_header(path)
             file: Any = safe_open(path, framework="pt")

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -331,11 +332,11 @@ def test_two_runs_do_not_share_a_folder(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def build_slowly(config: TrainConfig) -> object:
+    def build_slowly(*args: Any) -> object:
         monkeypatch.setattr(run, "build_parts", build_parts)
         for extra in ([], ["--overwrite_output_dir"], ["--max_steps", "1"]):
             assert train_main([*arguments, *extra]) == 73, "while the first one is at work"
-        return build_parts(config)
+        return build_parts(*args)
 
     monkeypatch.setattr(run, "build_parts", build_slowly)
     assert train_main([*arguments, "--max_steps", "2"]) == 0
