@@ -113,7 +113,7 @@ def save_checkpoint(
             _write_manifest(staging, step)
             files.sync_folder(staging)
             if os.path.lexists(final):  # damaged, or of steps that are being done again
-                _remove_checkpoint(final)
+                remove_checkpoint(final)
             files.move(staging, final)
         except BaseException:
             with suppress(OSError):  # what went wrong first is what is to be told
@@ -154,11 +154,15 @@ def _prune(output_dir: Path, step: int, keep: int | None, best_step: int | None)
         if old_step > step:
             logger.warning("%s is removed: the run went back and did other steps", folder)
         if old_step > step or old_step not in kept:
-            _remove_checkpoint(folder)
+            remove_checkpoint(folder)
 
 
-def _remove_checkpoint(folder: Path) -> None:
-    """Takes the name away first, so that a half removed checkpoint is not taken for one."""
+def remove_checkpoint(folder: Path) -> None:
+    """Takes the name away first, so that a half removed checkpoint is not taken for one.
+
+    Raises:
+        OSError: The disk fails.
+    """
     removed = folder.with_name(f".removed-{folder.name}")
     files.remove(removed)
     files.move(folder, removed)

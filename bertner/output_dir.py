@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bertner import files
-from bertner.checkpoint import MANIFEST, METRICS, list_checkpoints, remove_leftovers
+from bertner.checkpoint import (
+    MANIFEST,
+    METRICS,
+    list_checkpoints,
+    remove_checkpoint,
+    remove_leftovers,
+)
 from bertner.errors import DataError, OutputDirectoryError, StorageError
 from bertner.files import make_folder, read_json
 
@@ -149,7 +155,7 @@ def remove_run(output_dir: Path) -> None:
     """
     try:
         for _, folder in list_checkpoints(output_dir):
-            files.remove(folder)
+            remove_checkpoint(folder)
         for name in RUN_FILES:
             files.remove(output_dir / name)
         files.sync_folder(output_dir)

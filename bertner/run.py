@@ -121,9 +121,14 @@ def _open_report(config: TrainConfig, total_steps: int, start: Start) -> RunRepo
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Run:
-    """A run that has begun: what it is made of, and what it leaves on the disk."""
+    """A run that has begun: what it is made of, and what it leaves on the disk.
+
+    Attributes:
+        saved_step: Of the newest checkpoint that is of this run, as it is now: one of a later step
+            or the same can be left of a run that went back.
+    """
 
     config: TrainConfig
     parts: Parts
@@ -132,6 +137,12 @@ class _Run:
     arguments: Sequence[str]
     stop: StopSignals
     report: RunReport
+    saved_step: int | None = None
+
+    def __post_init__(self) -> None:
+        checkpoint = self.start.checkpoint
+        if checkpoint and checkpoint.folder.resolve().parent == self.output_dir.resolve():
+            self.saved_step = checkpoint.step
 
     @property
     def output_dir(self) -> Path:
@@ -164,21 +175,12 @@ class _Run:
         self.write_results(result, kept_step, evaluations)
 
     def save(self, state: TrainState) -> None:
-        """Makes a checkpoint that is due."""
+        """Makes a checkpoint that is due, unless the run was carried on from just that one."""
         with self.report.saving(state.step) as metrics:
-            if not self.is_saved(state.step):
+            if self.saved_step != state.step:
                 self.write_checkpoint(state, metrics)
 
-    def is_saved(self, step: int) -> bool:
-        """Whether the run was carried on from just that checkpoint: what belongs to it is there."""
-        checkpoint = self.start.checkpoint
-        return (
-            checkpoint is not None
-            and checkpoint.step == step
-            and checkpoint.folder.resolve().parent == self.output_dir.resolve()
-        )
-
-    def write_checkpoint(self, state: TrainState, metrics: bytes) -> Path:
+    def write_checkpoint(self, state: TrainState, metrics: bytes) -> None:
         """Makes a checkpoint, and removes older ones."""
         if self.start.checkpoint is not None:  # may be one of those
             self.start.checkpoint.weights.close()
@@ -194,7 +196,7 @@ class _Run:
             write_state(folder, values, state.optimizer, metrics)
 
         tensors = [*self.parts.model.state_dict().values(), *state.optimizer.values()]
-        return save_checkpoint(
+        save_checkpoint(
             self.output_dir,
             state.step,
             write,
@@ -203,6 +205,7 @@ class _Run:
             keep=1 if self.config.save_strategy == "no" else self.config.save_total_limit,
             best_step=state.best_step if self.config.load_best_model_at_end else None,
         )
+        self.saved_step = state.step
 
     def leave(self, state: TrainState) -> NoReturn:
         """Ends a run that was asked to stop."""
@@ -217,7 +220,7 @@ class _Run:
     def keep_last(self, state: TrainState) -> Path:
         """Makes sure that there is a checkpoint of where the run stands."""
         folder = self.output_dir / f"checkpoint-{state.step}"
-        if not folder.is_dir():
+        if self.saved_step != state.step:
             logger.info("saving %s", folder)
             self.write_checkpoint(state, self.report.metrics())
         return folder

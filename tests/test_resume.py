@@ -497,6 +497,22 @@ def test_back_to_an_earlier_checkpoint_and_into_another_folder(
     assert outcome(out) == unbroken
 
 
+def test_a_stop_at_the_step_of_an_abandoned_checkpoint(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After going back with another rate, what was saved at this step before is not this run's."""
+    stop_after(monkeypatch, arguments)
+    out = tmp_path / "out"
+    steps = [step for step, _ in list_checkpoints(out)]
+    assert steps[-2:] == [6, 7]
+    abandoned = sha256(out / "checkpoint-7" / "model.safetensors")
+    back = ["--resume_from_checkpoint", str(out / "checkpoint-6"), "--learning_rate", "1e-3"]
+    stop_after(monkeypatch, [*arguments, *back, "--allow_inexact_resume"], 1)
+    assert [step for step, _ in list_checkpoints(out)][-1] == 7
+    assert sha256(out / "checkpoint-7" / "model.safetensors") != abandoned
+    assert train_main([*arguments, "--learning_rate", "1e-3"]) == 0
+
+
 def test_the_same_command_after_the_end_does_nothing(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
