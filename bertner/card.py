@@ -12,8 +12,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from bertner import __version__
 from bertner.config import BertConfig, TrainConfig
 from bertner.corpus import CorpusSummary
-from bertner.loop import Evaluation, TrainResult
+from bertner.evaluation import Evaluation
 from bertner.metrics import EntityScores
+from bertner.progress import TrainResult
 from bertner.report import TABLE_COLUMNS
 
 

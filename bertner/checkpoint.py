@@ -16,7 +16,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,17 @@ LEFTOVERS = (".staging-checkpoint-*", ".removed-checkpoint-*")
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run as (step, folder), oldest first."""
+    """The checkpoints of a run as (step, folder), oldest first.
+
+    Raises:
+        OSError: The folder is there, but cannot be read: not the same as that there are none.
+    """
+    try:
+        paths = list(output_dir.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     found = []
-    for folder in output_dir.glob("checkpoint-*"):
+    for folder in paths:
         match = _NAME.fullmatch(folder.name)
         if match and folder.is_dir() and not folder.is_symlink():
             found.append((int(match[1]), folder))
@@ -90,11 +98,13 @@ def save_checkpoint(
         best_step: A checkpoint that stays in any case.
 
     Raises:
-        StorageError: The disk is full or fails; the checkpoints from before are still there.
+        StorageError: The disk is full or fails; the newest checkpoint from before is still there,
+            or this one is.
     """
     final = output_dir / f"checkpoint-{step}"
     staging = output_dir / f".staging-{final.name}"
     check_free_space(output_dir, num_bytes, final.name)
+    problem = "cannot be written"
     try:
         try:
             files.remove(staging)
@@ -106,13 +116,15 @@ def save_checkpoint(
                 _remove_checkpoint(final)
             files.move(staging, final)
         except BaseException:
-            files.remove(staging)
+            with suppress(OSError):  # what went wrong first is what is to be told
+                files.remove(staging)
             raise
+        problem = "is saved, but what is no longer to be kept cannot be removed"
         _prune(output_dir, step, keep, best_step)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"{final}: cannot be written: {error.strerror or error}") from error
+        raise StorageError(f"{final}: {problem}: {error.strerror or error}") from error
     return final
 
 
@@ -207,7 +219,7 @@ def _digest(path: Path, size: int | None = None) -> tuple[int, str]:
         if size is not None and found != size:
             raise UnsafeFileError(f"has {found:,} bytes instead of {size:,}")
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
-            buffer = memoryview(bytearray(1 << 20))
+            buffer = memoryview(bytearray(min(found + 1, 1 << 20)))
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
     return found, digest.hexdigest()
@@ -225,21 +237,20 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{folder}: no checkpoint; they are called checkpoint-<step>")
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             raise UnsafeFileError("is not a folder")
-        manifest = files.read_bytes(folder / MANIFEST, _MAX_MANIFEST_BYTES, links=False)
-        content = files.parse_json(manifest).get("content")
+        with _naming(MANIFEST):
+            manifest = files.read_bytes(folder / MANIFEST, _MAX_MANIFEST_BYTES, links=False)
+            content = files.parse_json(manifest).get("content")
         if not isinstance(content, dict) or manifest != _manifest_bytes(content):
             raise UnsafeFileError(f"{MANIFEST} is not as it was written")
         if content["step"] != int(match[1]):
-            raise UnsafeFileError(f"is the checkpoint of step {content['step']!r}")
+            raise UnsafeFileError(f"{MANIFEST} is that of step {content['step']!r}")
         entries = content["files"]
         if sorted(entries) != sorted(CHECKPOINT_FILES):
             raise UnsafeFileError(f"{MANIFEST} names other files than a checkpoint has")
 
         def check(name: str) -> None:
-            try:
+            with _naming(name):
                 _, sha256 = _digest(folder / name, entries[name]["size"])
-            except (OSError, UnsafeFileError) as error:
-                raise UnsafeFileError(f"{name}: {_reason(error)}") from None
             if sha256 != entries[name]["sha256"]:
                 raise UnsafeFileError(f"{name} is not as it was written")
 
@@ -258,6 +269,17 @@ def _damage(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, LookupError, TypeError, OverflowError, ModelError) as error:
         text = f"{folder}: damaged: {_reason(error)}"
         raise CheckpointError(text.replace(f"{folder}: damaged: {folder}/", f"{folder}/")) from None
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says of which file of a checkpoint it is that something goes wrong with it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise  # `_reason` names it
+    except (OSError, ValueError) as error:
+        raise UnsafeFileError(f"{name}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:

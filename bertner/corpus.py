@@ -241,7 +241,8 @@ class CorpusBuilder:
             self._num_exceptions[name] += len(exceptions)
             if len(exceptions) and name not in self._first_exception:
                 word = int(exceptions[0])
-                self._first_exception[name] = int(lines[word]), self.tags[word], self.words[word]
+                tag = " ".join(self.tags[word].split())  # line breaks around its type are forgiven
+                self._first_exception[name] = int(lines[word]), tag, self.words[word]
         block = Sentences(
             words=self.words,
             prefixes=to_iob2(prefixes, types, starts[:-1]),
@@ -292,7 +293,8 @@ class CorpusBuilder:
         scheme = self.conclude()
         type_names = tuple(sorted(self.kinds))
         # The last element is for O, whose type is -1.
-        number = np.array([*map(type_names.index, self.kinds), -1], dtype=np.int16)
+        index = {name: k for k, name in enumerate(type_names)}
+        number = np.array([*map(index.__getitem__, self.kinds), -1], dtype=np.int16)
         return Corpus(
             **{**vars(everything), "types": number[everything.types]},
             source=self.source,

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from reprlib import repr as short  # what a message shows of a word from a file
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,8 @@ def labels_for(train: Corpus | CorpusSummary) -> LabelSet:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    shown = ", ".join(f"{name:.30}" for name in names[:12])
+    return shown + (", ..." if len(names) > 12 else "")
 
 
 def begins_word(word_ids: IntArray) -> NDArray[np.bool_]:
@@ -472,7 +474,7 @@ class _DatasetBuilder:
                 elif tag in self._first_use:
                     line, word = self._first_use[tag]
                     raise DataError(
-                        f"{name} ({word!r}) is not among the model's labels "
+                        f"{name:.40} ({short(word)}) is not among the model's labels "
                         f"({_some(label_set.names)}); correct the tag, or train on data with it",
                         self.source,
                         line,

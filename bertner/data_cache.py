@@ -32,7 +32,7 @@ from bertner.tokenizer import Tokenizer
 logger = logging.getLogger("bertner")
 
 # To be raised whenever the same file and settings no longer give the same arrays or files.
-_FORMAT = 1
+_FORMAT = 2
 
 _ARRAYS = (
     "input_ids",

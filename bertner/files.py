@@ -14,7 +14,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes a file; it appears whole or not at all, and then lasts.
 
     Raises:
-        StorageError: The disk fails; what was there before is still there.
+        StorageError: The disk fails; the file is as it was before, or whole as it is to be.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -62,7 +62,8 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             write_file(temporary, chunks)
             os.rename(temporary, path)
         except BaseException:
-            remove(temporary)
+            with suppress(OSError):  # what went wrong first is what is to be told
+                remove(temporary)
             raise
         sync_folder(path.parent)
     except OSError as error:
@@ -81,13 +82,21 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, where they are missing.
+    """Makes a folder and those above it, where they are missing; their names then last.
 
     Raises:
         StorageError: The disk fails.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
+        for each in reversed(missing):
+            try:
+                os.mkdir(each, 0o777)
+            except FileExistsError:
+                if not each.is_dir():  # or else another process was faster
+                    raise
+            with suppress(PermissionError):  # one may make names in a folder that one may not read
+                sync_folder(each.parent)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be made: {error.strerror}") from None
 

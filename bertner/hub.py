@@ -72,6 +72,11 @@ def find_model(
     return _download(text, revision, weights)
 
 
+def is_commit(text: str) -> bool:
+    """Whether `text` is a commit's full name, as in the Hub's cache."""
+    return re.fullmatch("[0-9a-f]{40}", text) is not None
+
+
 def is_hub_id(text: str) -> bool:
     """Whether `text` can be a repository's name: `name` or `owner/name`."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text) is not None

@@ -163,7 +163,7 @@ def load_named_state(optimizer: AdamW, model: nn.Module, tensors: Mapping[str, T
             continue
         wanted[f"{name}.step"] = (torch.float32, ())
         shape = tuple(parameter.shape)
-        if f"{name}.rows" in tensors:
+        if f"{name}.rows" in tensors and parameter.dim() == 2:
             num_rows = min(tensors[f"{name}.rows"].numel(), len(parameter))
             wanted[f"{name}.rows"] = (torch.int64, (num_rows,))
             shape = (num_rows, *shape[1:])

@@ -42,12 +42,18 @@ class Parts:
         self.tokenizer.save(folder)
 
 
-def build_parts(config: TrainConfig) -> Parts:
-    """Reads the tokenizer, the data, and then the weights: mistakes are in the data."""
+def build_parts(config: TrainConfig, commit: str | None = None) -> Parts:
+    """Reads the tokenizer, the data, and then the weights: mistakes are in the data.
+
+    Args:
+        config: All settings.
+        commit: Take this commit of a model from the Hub, which may have moved on.
+    """
     device = find_device(config.device)
     products_for(config, device)  # a choice that cannot be had here is said first
     data = _find_data(config)
-    source = find_model(config.model_name_or_path, config.model_revision, weights=False)
+    revision = commit or config.model_revision
+    source = find_model(config.model_name_or_path, revision, weights=False)
     folder, output_dir = source.folder.resolve(), Path(config.output_dir).resolve()
     if folder == output_dir or folder in [path for _, path in list_checkpoints(output_dir)]:
         raise UsageError(

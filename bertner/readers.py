@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,6 +164,13 @@ def _conll_sentences(lines: Iterable[str], builder: CorpusBuilder) -> Iterator[R
     number, is_first = 0, True
     for number, line in enumerate(lines, 1):
         row = line.rstrip(" \t\r")
+        if "\r" in row:  # also of -DOCSTART-, which would take the words after it along
+            raise DataError(
+                "a carriage return within the line; if it ends lines, convert the file "
+                "(tr '\\r' '\\n')",
+                builder.source,
+                number,
+            )
         if not row or (row[0] == "-" and _begins_document(row)):
             if words:
                 yield document, words, tags, range(number - len(words), number)
@@ -170,13 +178,6 @@ def _conll_sentences(lines: Iterable[str], builder: CorpusBuilder) -> Iterator[R
             if row and not is_first:
                 document += 1
             continue
-        if "\r" in row:
-            raise DataError(
-                "a carriage return within the line; if it ends lines, convert the file "
-                "(tr '\\r' '\\n')",
-                builder.source,
-                number,
-            )
         # With tabs an empty or spaced word is possible; without, runs of spaces part the columns.
         if "\t" in row:
             columns = row.split("\t")
@@ -211,7 +212,7 @@ def _json_sentences(
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = _JSON.decode(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", str(error))
             raise DataError(
@@ -242,6 +243,18 @@ def _json_sentences(
                 number,
             )
         yield 0, words, tags, [number] * len(words)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that it has twice, one value would be lost in silence."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {short(twice)} twice in one object")
+    return record
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _listed(names: Iterable[str]) -> str:

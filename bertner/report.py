@@ -14,9 +14,10 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from bertner.errors import CheckpointError, StorageError
+from bertner.evaluation import Evaluation
 from bertner.files import replace_file
-from bertner.loop import Evaluation, StepReport
 from bertner.metrics import EntityScores
+from bertner.progress import StepReport
 
 # The columns of the published card, and the word-level F1 that CoNLL results are compared by.
 TABLE_COLUMNS = (
@@ -42,7 +43,7 @@ _STATE: dict[str, type] = {
 
 
 class RunReport:
-    """Watches a run (a `loop.Watcher`): terminal to people, `metrics.jsonl` to programs.
+    """Watches a run (a `progress.Watcher`): terminal to people, `metrics.jsonl` to programs.
 
     Attributes:
         rows: The table's rows so far, as printed.

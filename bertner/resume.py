@@ -20,9 +20,10 @@ from bertner.errors import (
     OutputDirectoryError,
     ResumeMismatchError,
 )
+from bertner.hub import is_commit
 from bertner.kernels import Products, keep_products
-from bertner.loop import TrainState
 from bertner.output_dir import find_run
+from bertner.progress import TrainState
 from bertner.record import differences, machine_facts
 
 logger = logging.getLogger("bertner")
@@ -43,6 +44,19 @@ class Start:
     checkpoint: Checkpoint | None = None
     finished: bool = False
     replaces: bool = False
+
+    def commit_of(self, config: TrainConfig) -> str | None:
+        """The Hub's commit of the model that the run began with, if the same one is named now."""
+        model, then = (_part(self.record or {}, name) for name in ("model", "config"))
+        names = ("model_name_or_path", "model_revision")
+        commit = model.get("commit")
+        is_same = all(then.get(name) == getattr(config, name) for name in names)
+        return commit if is_same and isinstance(commit, str) and is_commit(commit) else None
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def find_start(config: TrainConfig, output_dir: Path) -> Start:
@@ -84,8 +98,7 @@ def find_start(config: TrainConfig, output_dir: Path) -> Start:
 
 
 def _began_with_overwriting(record: Mapping[str, Any]) -> bool:
-    config = record.get("config")
-    return not record or (isinstance(config, dict) and bool(config.get("overwrite_output_dir")))
+    return not record or bool(_part(record, "config").get("overwrite_output_dir"))
 
 
 def record_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -106,10 +119,10 @@ def keep_choices(start: Start, config: TrainConfig, device: torch.device) -> Non
     Which library is the fastest is measured, and so may come out otherwise the next time.
     """
     record = start.record or {}
-    products, then = record.get("products"), record.get("config")
-    if record.get("machine") != machine_facts(device) or not isinstance(then, dict):
+    products = _part(record, "products")
+    if record.get("machine") != machine_facts(device):
         return
-    if not isinstance(products, dict) or then.get("matmul") != config.matmul:
+    if _part(record, "config").get("matmul") != config.matmul:
         return
     library, emulates = products.get("library"), products.get("emulates_bfloat16")
     if library in ("default", "onednn") and isinstance(emulates, bool):

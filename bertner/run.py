@@ -28,13 +28,15 @@ from bertner.checkpoint import (
 from bertner.config import TrainConfig
 from bertner.data import prepare
 from bertner.errors import DataError, RunStoppedError, UsageError
+from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import read_json, write_json, write_text
 from bertner.hub import find_model
-from bertner.loop import Evaluation, Stopped, TrainResult, TrainState, evaluate, train
+from bertner.loop import train
 from bertner.model import BertForNER
 from bertner.output_dir import RECORD, lock_output_dir, remove_run
 from bertner.parts import Parts, announce, build_parts, columns_of, find_device
 from bertner.predict import Tagger
+from bertner.progress import TrainResult, TrainState
 from bertner.readers import decode_lines, open_file, read_lines
 from bertner.record import run_record
 from bertner.report import RunReport, format_scores, progress_bar, say
@@ -69,7 +71,7 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
     with lock_output_dir(output_dir):
         start = find_start(config, output_dir)  # before minutes of downloading
         keep_choices(start, config, find_device(config.device))
-        parts = build_parts(config)
+        parts = build_parts(config, start.commit_of(config))
         record = run_record(config, recipe, parts)
         start = settle_start(start, config, record)
         if start.finished:
@@ -174,6 +176,11 @@ class _Run:
         )
 
     def write_checkpoint(self, state: TrainState, metrics: bytes) -> Path:
+        """Makes a checkpoint, and removes older ones."""
+        if self.start.checkpoint is not None:  # may be one of those
+            self.start.checkpoint.weights.close()
+            self.start.checkpoint.optimizer.close()
+
         def write(folder: Path) -> None:
             self.parts.save_model(folder)
             values = {

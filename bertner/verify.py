@@ -15,8 +15,10 @@ from torch import Tensor
 from bertner.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from bertner.config import TrainConfig
 from bertner.errors import CheckpointError, ResumeMismatchError, UsageError
-from bertner.loop import Evaluation, StepReport, train
+from bertner.evaluation import Evaluation
+from bertner.loop import train
 from bertner.parts import build_parts, find_device
+from bertner.progress import StepReport
 from bertner.record import differences, run_record
 from bertner.report import progress_bar, say
 from bertner.resume import Start, keep_choices, load_weights, naming, record_of, state_of
@@ -47,8 +49,9 @@ def run_verification(directory: str) -> None:
             sound.append(load_checkpoint(folder))
             say(f"{folder}: sound")
         except CheckpointError as error:
-            damaged.append(folder.name)
-            logger.error("%s", error)
+            if folder.exists():  # or a run that is going on has just removed it
+                damaged.append(folder.name)
+                logger.error("%s", error)
     pairs = [pair for pair in pairwise(sound) if not _changed_between(*pair)]
     if pairs:
         _replay(*min(pairs, key=lambda pair: pair[1].step - pair[0].step))
@@ -79,8 +82,9 @@ def _replay(first: Checkpoint, second: Checkpoint) -> None:
                 f"{first.folder}: the steps after it cannot be done again: {path} is no file\n"
                 "The checkpoints themselves are sound; put the data of the run back there."
             )
-    keep_choices(Start(record), config, find_device(config.device))
-    parts = build_parts(config)
+    start = Start(record)
+    keep_choices(start, config, find_device(config.device))
+    parts = build_parts(config, start.commit_of(config))
     if found := differences(record, run_record(config, "", parts)):
         raise ResumeMismatchError(
             f"{first.folder}: the steps after it cannot be done again exactly: {found}\n"
@@ -124,7 +128,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 class _Counter:
-    """Counts steps; a `loop.Watcher`."""
+    """Counts steps; a `progress.Watcher`."""
 
     def __init__(self, on_step: Callable[[int], Any]) -> None:
         self.num_steps = 0

@@ -82,6 +82,10 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    def close(self) -> None:
+        """Lets the file go; until then the disk keeps it, even after it has been removed."""
+        self._tensors = {}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

@@ -101,6 +101,16 @@ def test_unknown_validation_tag_names_line_and_fix(tokenizer: Tokenizer) -> None
     assert "train on data" in str(caught.value)
 
 
+def test_what_a_message_quotes_is_short(tokenizer: Tokenizer) -> None:
+    corpus = corpus_of("x" * 9999 + "/B-" + "y" * 9999)
+    label_set = LabelSet(tuple(label_list("z" * 9999 + str(k) for k in range(20))))
+    with pytest.raises(
+        DataError, match=r"made-up:1: B-yy.* \('xx.* is not among .*O, B-zz"
+    ) as caught:
+        tokenize(corpus, tokenizer, label_set)
+    assert len(str(caught.value)) < 600
+
+
 def test_a_corpus_without_entities_is_refused() -> None:
     with pytest.raises(DataError, match="every tag is O"):
         labels_for(corpus_of("the said"))

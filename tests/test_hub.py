@@ -369,6 +369,15 @@ def test_a_run_from_the_hub(hub: HubServer, client: Client, tmp_path: Path) -> N
     loaded = load_file(client.cache / "loaded" / "model.safetensors")
     wanted = load_file(tmp_path / "tiny" / "model.safetensors")
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+    # Had it been interrupted, it would go on with this commit, though the Hub has a newer one.
+    del run["finished"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    hub.add("models", "org/tiny", tmp_path / "tiny", branch="before")
+    hub.add("models", "org/tiny", write_model_folder(tmp_path / "new", initializer_range=0.03))
+    [exit_code], errors = client.run(TRAIN + LOAD_MODEL, [command], "org/tiny")
+    assert exit_code == 0, errors
+    assert "carrying on after step 2 of 2" in errors
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model"]["commit"] == commit
 
 
 # Datasets

@@ -16,7 +16,7 @@ from torch import nn
 
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
-from bertner.errors import NotFiniteError, UsageError
+from bertner.errors import CheckpointError, NotFiniteError, UsageError
 from bertner.loop import TrainState, dropout_seed, evaluate, learning_rate_at, train
 from bertner.model import BertForNER
 from bertner.readers import read_file
@@ -120,6 +120,54 @@ def test_watching_changes_nothing(parts: Parts) -> None:
     assert saved == [3, 6, 7]
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_train_goes_on_from_a_state(parts: Parts, packing: bool, stop_at: int) -> None:
+    """In Python, without any files: what `save` and the result are given is enough."""
+    model, rows, _ = parts
+    broken, fresh = copy.deepcopy(model), copy.deepcopy(model)
+    config = TrainConfig(max_steps=7, learning_rate=1e-3, packing=packing, eval_strategy="no")
+    whole = train(model, rows, config)
+    assert not whole.stopped
+    watched = Losses()
+    part = train(
+        broken, rows, config, watcher=watched, should_stop=lambda: len(watched.loss) == stop_at
+    )
+    assert part.stopped
+    assert part.step == part.state.step == stop_at
+    fresh.load_state_dict(broken.state_dict())
+    result = train(fresh, rows, config, state=part.state)
+    assert (result.step, result.loss) == (7, whole.loss)
+    assert result.state.counters["position"] == 1
+    for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    # At the end there is nothing left to do.
+    again = train(fresh, rows, config, state=result.state)
+    assert (again.step, again.loss) == (7, whole.loss)
+    for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("counters", "message"),
+    [
+        ({"step": "4"}, "its step is '4'"),
+        ({"losses": None}, "its losses is None"),
+        ({"best": True}, "its best is True"),
+        ({"step": 8}, "it is of step 8, the run has 7 steps"),
+        ({"step": -1}, "it is of step -1"),
+    ],
+)
+def test_a_state_of_nonsense_is_refused(
+    parts: Parts, counters: dict[str, object], message: str
+) -> None:
+    model, rows, _ = parts
+    config = TrainConfig(max_steps=7, eval_strategy="no")
+    state = train(model, rows, config).state
+    with pytest.raises(CheckpointError, match=message):
+        train(model, rows, config, state=replace(state, counters={**state.counters, **counters}))
 
 
 class _Events:

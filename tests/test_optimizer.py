@@ -15,7 +15,15 @@ from torch import nn
 from bertner import kernels
 from bertner.config import TrainConfig
 from bertner.model import BertForNER
-from bertner.optimizer import ROWS_PER_CALL, AdamW, build_optimizer, clip, gradient_norm
+from bertner.optimizer import (
+    ROWS_PER_CALL,
+    AdamW,
+    build_optimizer,
+    clip,
+    gradient_norm,
+    load_named_state,
+    named_state,
+)
 
 Pair = tuple[nn.Embedding, torch.optim.AdamW]
 
@@ -172,3 +180,81 @@ def test_a_row_whose_mean_is_zero_keeps_its_square() -> None:
     squares = optimizer.state_dict()["state"][0]["exp_avg_sq"]
     assert torch.allclose(squares[:5], torch.tensor(0.001))
     assert torch.allclose(squares[5], torch.tensor(1.0))
+
+
+class Small(nn.Module):
+    """A table that is stepped by rows, a layer, and a parameter that never has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.table = nn.Embedding(50, 16)
+        self.layer = nn.Linear(16, 4)
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def take_step(self, optimizer: AdamW, ids: list[int]) -> None:
+        optimizer.zero_grad()
+        with kernels.gradient_buffers(self):
+            x = kernels.embedding(torch.tensor(ids), self.table)
+            self.layer(x).square().sum().backward()
+            optimizer.step()
+
+
+def small_with_state() -> tuple[Small, AdamW]:
+    model = Small()
+    optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
+    for ids in ([9, 4, 4], [7, 4]):
+        model.take_step(optimizer, ids)
+    return model, optimizer
+
+
+def test_state_by_name_goes_out_and_in() -> None:
+    model, optimizer = small_with_state()
+    state = {name: tensor.clone() for name, tensor in named_state(optimizer, model).items()}
+    assert state["table.weight.rows"].tolist() == [4, 9, 7]
+    assert state["table.weight.exp_avg"].shape == (3, 16)
+    assert state["layer.weight.exp_avg_sq"].shape == (4, 16)
+    assert state["layer.bias.step"] == 2
+    assert not any(name.startswith("idle") for name in state)
+
+    twin = Small()
+    twin.load_state_dict(model.state_dict())
+    other = AdamW(twin.parameters(), lr=0.1, fused=True)
+    load_named_state(other, twin, state)
+    for ids in ([7, 1], [9]):
+        model.take_step(optimizer, ids)
+        twin.take_step(other, ids)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for name, tensor in named_state(other, twin).items():
+        assert torch.equal(tensor, named_state(optimizer, model)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layer.weight.exp_avg", None),
+        ("layer.weight.exp_avg", torch.zeros(16, 4)),
+        ("layer.weight.exp_avg", torch.zeros(4, 16, dtype=torch.float64)),
+        ("layer.bias.step", torch.zeros(1)),
+        ("other.step", torch.zeros(())),
+        ("idle.exp_avg", torch.zeros(3)),
+        ("table.weight.rows", torch.tensor([4, 9, 4])),
+        ("table.weight.rows", torch.tensor([4, 9, 50])),
+        ("table.weight.rows", torch.tensor([4, -1, 7])),
+        ("table.weight.rows", torch.tensor([4.0, 9.0, 7.0])),
+        ("table.weight.rows", torch.tensor([4, 9])),
+        ("table.weight.rows", torch.arange(60)),
+        ("layer.bias.rows", torch.arange(4)),
+    ],
+)
+def test_state_of_another_model_is_refused(name: str, value: torch.Tensor | None) -> None:
+    model, optimizer = small_with_state()
+    before = {name: tensor.clone() for name, tensor in named_state(optimizer, model).items()}
+    state: dict[str, Any] = {**before, name: value}
+    if value is None:
+        del state[name]
+    with pytest.raises(ValueError, match=name.split(".")[0]):
+        load_named_state(optimizer, model, state)
+    for key, tensor in named_state(optimizer, model).items():
+        assert torch.equal(tensor, before[key]), "nothing has changed"

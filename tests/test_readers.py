@@ -628,6 +628,8 @@ BAD_FILES: list[tuple[str, str | bytes, int | None, str]] = [
     ("a.txt", f"a {'x' * 9999}\n", 1, "has no B-"),
     ("a.txt", "a O\rb O\r", 1, "a carriage return within the line; .*tr"),
     ("a.txt", "a O\n\rb\rc O\n", 2, "a carriage return within the line"),
+    ("a.txt", "a O\n\n-DOCSTART- O\rb O\rc O\n", 3, "a carriage return within the line"),
+    ("a.txt", "-DOCSTART-\r\ra O\r", 1, "a carriage return within the line"),
     ("a.txt", "a O\nb\0 O\n", 2, "NUL byte"),
     ("a.txt", "a O\nb O\n".encode("utf-16"), 1, "NUL byte.*iconv -f utf-16"),
     ("a.txt", "a O\nMüller B-PER\n".encode("latin1"), 2, "0xfc is not UTF-8; convert.*iconv"),
@@ -643,6 +645,9 @@ BAD_FILES: list[tuple[str, str | bytes, int | None, str]] = [
     ("a.jsonl", '{\n"tokens": ["a"],\n"ner_tags": ["O"]}', 1, "not JSON .*each line must be one"),
     ("a.jsonl", "a O\n", 1, "not JSON"),
     ("a.jsonl", lines_of(ONE)[:-1] * 2, 1, "not JSON .*Extra data"),
+    ("a.jsonl", lines_of(ONE)[:-2] + ', "tokens": []}', 1, "not JSON .key 'tokens' twice in one o"),
+    ("a.jsonl", '{"id": {"a": 1, "a": 1}}', 1, "key 'a' twice in one object"),
+    ("a.jsonl", "\ufeff\ufeff" + lines_of(ONE), 1, "not JSON"),
     ("a.jsonl", lines_of(ONE, [ONE]), 2, "each line must be one JSON object, such as {"),
     ("a.jsonl", lines_of("a"), 1, "one JSON object"),
     ("a.jsonl", "null\n", 1, "one JSON object"),
@@ -931,6 +936,15 @@ def test_a_disk_that_fails_is_not_bad_data(
     assert caught.value.exit_code == 74
 
 
+def test_as_many_types_as_there_may_be(folder: Path) -> None:
+    content = "".join(f"a B-{k:05}\n" for k in reversed(range(MAX_TYPES)))
+    start = time.process_time()
+    corpus = read(folder, "a.txt", content)
+    assert time.process_time() - start < 0.5
+    check_invariants(corpus)
+    assert corpus.types.tolist() == [*reversed(range(MAX_TYPES))]
+
+
 def test_irregular_tags_are_a_warning_that_names_the_first(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -949,6 +963,10 @@ def test_irregular_tags_are_a_warning_that_names_the_first(
     caplog.clear()
     read(folder, "a.txt", "a I-X\nb B-X\n\nc I-X\n")
     assert not caplog.records
+    # White space that is forgiven in a tag does not break the warning's line.
+    read(folder, "a.jsonl", lines_of({"tokens": ["a", "b"], "ner_tags": ["B-X", "\nE-\u2028Y\n"]}))
+    (warning,) = [entry.getMessage() for entry in caplog.records]
+    assert "the first is E- Y on 'b'" in warning
 
 
 # Whatever is in a file, the outcome is a corpus or a DataError.
