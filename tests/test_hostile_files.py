@@ -114,8 +114,7 @@ def replaced(file: str, make: Callable[[Path], object]) -> Build:
 
 def link_to_copy(path: Path) -> None:
     """A link to a file outside that would do very well."""
-    good = path.parent.parent / "good" / path.name
-    path.symlink_to(good if good.exists() else "/etc/hostname")
+    path.symlink_to(path.parent.parent.parent / "good" / path.name)
 
 
 NO_FILES: dict[str, Callable[[Path], object]] = {
@@ -322,6 +321,17 @@ def manifest(content: object) -> Build:
     )
 
 
+def flip_byte(file: str, folder: Path) -> None:
+    content = bytearray((folder / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / file).write_bytes(content)
+
+
+def replace_once(file: str, old: bytes, new: bytes, folder: Path) -> None:
+    path = folder / file
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
 def edit_manifest(change: Callable[[dict[str, Any]], object]) -> Build:
     def build(folder: Path) -> None:
         content = json.loads((folder / checkpoint.MANIFEST).read_text())["content"]
@@ -433,7 +443,7 @@ def cases() -> Iterator[tuple[str, str, Build]]:
         "weights",
         ".bin: a long pickle",
         rezipped(
-            lambda archive: archive.writestr("archive/DATA.PKL", b"\x80\x02" + b"N0" * 20_000_000)
+            lambda archive: archive.writestr("archive/DATA.PKL", b"\x80\x02" + b"N0" * 1_000_000)
         ),
     )
     yield (
@@ -619,6 +629,7 @@ def cases() -> Iterator[tuple[str, str, Build]]:
         for name, make in {**NO_FILES, "a link to a copy": link_to_copy}.items():
             yield "checkpoint", f"checkpoint, {file}: {name}", replaced(file, make)
         yield "checkpoint", f"checkpoint, {file}: hundreds of megabytes", huge(file)
+        yield "checkpoint", f"checkpoint, {file}: another byte", partial(flip_byte, file)
         yield "checkpoint", f"checkpoint, {file}: a pickle", write(file, pickle.dumps(Bomb()))
     for name, content in BAD_JSON.items():
         yield "checkpoint", f"manifest: {name}", write(checkpoint.MANIFEST, content)
@@ -633,6 +644,10 @@ def cases() -> Iterator[tuple[str, str, Build]]:
         "words for files": {"step": 4, "files": dict.fromkeys(checkpoint.CHECKPOINT_FILES, "x")},
     }.items():
         yield "checkpoint", f"manifest: {name}", manifest(content)
+    change = partial(replace_once, checkpoint.MANIFEST, b"{", b"{ ")
+    yield "checkpoint", "manifest: another form", change
+    change = partial(replace_once, checkpoint.MANIFEST, b'"step": ', b'"x": 1, "step": ')
+    yield "checkpoint", "manifest: more than its own hash says", change
     for name, size in {
         "a word": "x",
         "a fraction": 1.5,
