@@ -128,6 +128,25 @@ def save_checkpoint(
     return final
 
 
+def copy_checkpoint(folder: Path, output_dir: Path) -> None:
+    """Makes the same checkpoint in another run's folder.
+
+    Raises:
+        CheckpointError: It is damaged.
+        StorageError: The disk is full or fails.
+    """
+    verify_checkpoint(folder)
+
+    def write(copy: Path) -> None:
+        for name in CHECKPOINT_FILES:
+            with files.open_regular(folder / name, links=False) as descriptor:
+                files.write_file(copy / name, iter(lambda: os.read(descriptor, 1 << 20), b""))
+
+    num_bytes = sum((folder / name).stat().st_size for name in CHECKPOINT_FILES)
+    step = int(folder.name.rpartition("-")[2])
+    save_checkpoint(output_dir, step, write, num_bytes=num_bytes)
+
+
 def check_free_space(output_dir: Path, num_bytes: int, name: str) -> None:
     """Raises StorageError if a checkpoint would not fit on the disk."""
     free = files.free_bytes(output_dir)

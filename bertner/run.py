@@ -21,14 +21,16 @@ from bertner import kernels
 from bertner.card import RunFacts, model_card
 from bertner.checkpoint import (
     WEIGHTS,
+    Checkpoint,
     check_free_space,
+    copy_checkpoint,
     save_checkpoint,
     verify_checkpoint,
     write_state,
 )
 from bertner.config import TrainConfig
 from bertner.data import prepare
-from bertner.errors import DataError, RunStoppedError, UsageError
+from bertner.errors import CheckpointError, DataError, RunStoppedError, UsageError
 from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import read_json, write_json, write_text
 from bertner.hub import find_model
@@ -101,6 +103,25 @@ def _begin(config: TrainConfig, parts: Parts, start: Start, record: dict[str, An
     if start.replaces:
         remove_run(output_dir)
     write_json(output_dir / RECORD, record)
+    if start.checkpoint is not None and config.load_best_model_at_end:
+        _keep_best(start.checkpoint, output_dir)
+
+
+def _keep_best(checkpoint: Checkpoint, output_dir: Path) -> None:
+    """Makes sure now that the best weights so far can be loaded at the end."""
+    best_step = state_of(checkpoint).best_step
+    if best_step is None:
+        return
+    best = checkpoint.folder.resolve().with_name(f"checkpoint-{best_step}")
+    try:
+        verify_checkpoint(best)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\nIt was the best so far: put back a copy, or go on without it, with "
+            "--load_best_model_at_end false --allow_inexact_resume."
+        ) from None
+    if best.parent != output_dir.resolve():
+        copy_checkpoint(best, output_dir)
 
 
 def _open_report(config: TrainConfig, total_steps: int, start: Start) -> RunReport:

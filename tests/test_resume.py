@@ -497,6 +497,30 @@ def test_back_to_an_earlier_checkpoint_and_into_another_folder(
     assert outcome(out) == unbroken
 
 
+def test_the_best_of_before_is_there_at_the_end(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    still = [*arguments, "--learning_rate", "0"]  # so that the first to be scored is the best
+    stop_after(monkeypatch, still)
+    out, other = tmp_path / "out", tmp_path / "other"
+    named = ["--resume_from_checkpoint", str(out / "checkpoint-7"), "--output_dir", str(other)]
+    assert train_main([*still, *named]) == 0
+    assert "step 4" in (other / "README.md").read_text()
+    for name in ("model.safetensors", "optimizer.safetensors", "manifest.json"):
+        assert sha256(other / "checkpoint-4" / name) == sha256(out / "checkpoint-4" / name)
+    damage(out / "checkpoint-4")
+    capsys.readouterr()
+    assert train_main(still) == 76, "told now, and not after hours"
+    message = capsys.readouterr().err
+    assert "checkpoint-4: damaged" in message
+    assert "the best so far" in message
+    without = ["--load_best_model_at_end", "false", "--allow_inexact_resume"]
+    assert train_main([*still, *without]) == 0
+
+
 def test_a_stop_at_the_step_of_an_abandoned_checkpoint(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
