@@ -1075,3 +1075,11 @@ def test_what_transformers_writes_is_taken(model_folder: Path, tmp_path: Path) -
     words = ["Zürich", "the", "[new]", "landing"]
     expected = theirs(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
     assert ours.encode(words).ids == expected
+
+
+def test_a_name_that_steers_a_terminal_is_spelt_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict_main(["--model", f"./nowhere{ESCAPES}"]) == 65
+    errors = capsys.readouterr().err
+    assert errors.replace("\n", "").isprintable()
+    assert r"nowhere\x1b]0;owned\x07\x1b[2J\x9b31m\r" in errors
+    assert errors.count("\n") == 3, "a line of the log, and two of the message"
