@@ -94,7 +94,8 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
 def _begin(config: TrainConfig, parts: Parts, start: Start, record: dict[str, Any]) -> None:
     """Makes the directory this run's; weights of a checkpoint take the place of the first ones."""
     output_dir = Path(config.output_dir)
-    if start.checkpoint is not None:
+    if start.checkpoint is not None:  # which is looked at before another run is removed
+        state_of(start.checkpoint)
         load_weights(start.checkpoint.weights, parts.model, start.checkpoint.folder)
     if config.save_strategy != "no":
         # Now rather than after hours: weights, and two averages of each.
