@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from itertools import islice
@@ -209,13 +210,16 @@ class _Run:
             self.start.checkpoint.optimizer.close()
 
         def write(folder: Path) -> None:
-            self.parts.save_model(folder)
             values = {
                 "counters": dict(state.counters),
                 "report": self.report.state(),
                 "run": self.record,
             }
-            write_state(folder, values, state.optimizer, metrics)
+            # Two large files at a time: much of it is waiting, for memory and for the disk.
+            with ThreadPoolExecutor(1) as pool:
+                model = pool.submit(self.parts.save_model, folder)
+                write_state(folder, values, state.optimizer, metrics)
+                model.result()
 
         tensors = [*self.parts.model.state_dict().values(), *state.optimizer.values()]
         save_checkpoint(

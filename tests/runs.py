@@ -66,7 +66,7 @@ def outcome(output_dir: Path) -> dict[str, Any]:
 _SERVER = """
 import json, os, signal, sys, time
 import torch
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[1]))
 import bertner.run, bertner.loop, bertner.kernels, bertner.checkpoint
 from bertner.cli import train_main
 import torch._dynamo
@@ -95,11 +95,10 @@ for line in sys.stdin:
 class Runner:
     """Runs `bertner-train` in processes of their own, and kills them."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, num_threads: int = 1) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
+            [sys.executable, "-c", _SERVER, str(num_threads)],
             cwd=REPOSITORY,
-            env={**environment, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

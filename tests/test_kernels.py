@@ -191,7 +191,7 @@ def test_bfloat16_rounds_where_autocast_does(emulates: bool) -> None:
 
 
 def test_the_choice_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = choose_products.__wrapped__
+    choose = kernels._measure_products
     assert choose("default", CPU, "bfloat16") == Products("default", False, "as asked")
     assert choose("auto", torch.device("meta"), "float32").library == "default"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")

@@ -59,7 +59,7 @@ def unbroken(inputs: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
-    with Runner(dict(os.environ)) as runner:
+    with Runner() as runner:
         yield runner
 
 
@@ -754,7 +754,8 @@ def test_what_is_not_finite_is_never_kept(
 @needs_minilm
 @needs_conll
 @pytest.mark.slow
-def test_minilm_on_conll_killed_five_times(tmp_path: Path, runner: Runner) -> None:
+def test_minilm_on_conll_killed_five_times(tmp_path: Path) -> None:
+    """With as many threads as there are, which the others leave out."""
     data = SHARED_DATA / "conll2003"
     arguments = [
         *["--model", MINILM, "--train_file", str(data / "train.txt"), "--max_steps", "60"],
@@ -763,7 +764,8 @@ def test_minilm_on_conll_killed_five_times(tmp_path: Path, runner: Runner) -> No
         *["--eval_strategy", "steps", "--eval_steps", "20", "--learning_rate", "5e-5"],
         *["--save_strategy", "steps", "--save_steps", "6", "--save_total_limit", "2"],
     ]
-    whole, *others = run_with_kills(runner, arguments, tmp_path, 5)
+    with Runner(os.cpu_count() or 1) as runner:
+        whole, *others = run_with_kills(runner, arguments, tmp_path, 5)
     assert others
     for other in others:
         assert other == whole
