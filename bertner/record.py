@@ -148,7 +148,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
         then: A `run_record`, read from a file: anything may be missing or of another type.
         now: A `run_record`.
     """
-    old, new = _part(then, "config"), now["config"]
+    old, new = part_of(then, "config"), now["config"]
     free = set(_FREE)
     if not old.get("load_best_model_at_end") and not new["load_best_model_at_end"]:
         free |= set(_WATCHING)
@@ -157,27 +157,28 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
         for name, value in new.items()
         if name not in free and old.get(name) != value
     ]
-    data = _part(then, "data")
+    data = part_of(then, "data")
     for split in {**data, **now["data"]}:
-        sums = [_part(part, split).get("sha256") for part in (data, now["data"])]
+        sums = [part_of(part, split).get("sha256") for part in (data, now["data"])]
         if sums[0] != sums[1]:
             task.append(f"{visible(split)} data {_hash(sums[0])} -> {_hash(sums[1])}")
     if then.get("labels") != now["labels"]:
         task.append(f"labels {_shown(then.get('labels'))} -> {_shown(now['labels'])}")
     for name, value in now["sha256"].items():
-        before = _part(then, "sha256").get(name)
+        before = part_of(then, "sha256").get(name)
         if before != value:
             task.append(f"{name} {_hash(before)} -> {_hash(value)}")
     machine = [
-        f"{name} {_shown(_part(then, part).get(name))} -> {_shown(value)}"
+        f"{name} {_shown(part_of(then, part).get(name))} -> {_shown(value)}"
         for part, names in (("versions", _VERSIONS), ("machine", now["machine"]))
         for name in names
-        if _part(then, part).get(name) != (value := now[part][name])
+        if part_of(then, part).get(name) != (value := now[part][name])
     ]
     return Differences(task, machine)
 
 
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def part_of(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of a record that comes from a file; empty if it is not there or no object."""
     part = record.get(name)
     return part if isinstance(part, Mapping) else {}
 

@@ -24,7 +24,7 @@ from bertner.hub import is_commit
 from bertner.kernels import Products, keep_products
 from bertner.output_dir import find_run
 from bertner.progress import TrainState
-from bertner.record import differences, machine_facts
+from bertner.record import differences, machine_facts, part_of
 
 logger = logging.getLogger("bertner")
 
@@ -47,16 +47,11 @@ class Start:
 
     def commit_of(self, config: TrainConfig) -> str | None:
         """The Hub's commit of the model that the run began with, if the same one is named now."""
-        model, then = (_part(self.record or {}, name) for name in ("model", "config"))
+        model, then = (part_of(self.record or {}, name) for name in ("model", "config"))
         names = ("model_name_or_path", "model_revision")
         commit = model.get("commit")
         is_same = all(then.get(name) == getattr(config, name) for name in names)
         return commit if is_same and isinstance(commit, str) and is_commit(commit) else None
-
-
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = record.get(name)
-    return part if isinstance(part, dict) else {}
 
 
 def find_start(config: TrainConfig, output_dir: Path) -> Start:
@@ -98,7 +93,7 @@ def find_start(config: TrainConfig, output_dir: Path) -> Start:
 
 
 def _began_with_overwriting(record: Mapping[str, Any]) -> bool:
-    return not record or bool(_part(record, "config").get("overwrite_output_dir"))
+    return not record or bool(part_of(record, "config").get("overwrite_output_dir"))
 
 
 def record_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -121,11 +116,11 @@ def keep_choices(
     Which library is the fastest is measured, and so may come out otherwise the next time.
     """
     record = start.record or {}
-    products = _part(record, "products")
+    products = part_of(record, "products")
     library, emulates = products.get("library"), products.get("emulates_bfloat16")
     if (
         record.get("machine") != machine_facts(device)
-        or _part(record, "config").get("matmul") != config.matmul
+        or part_of(record, "config").get("matmul") != config.matmul
         or library not in ("default", "onednn")
         or not isinstance(emulates, bool)
     ):
