@@ -13,9 +13,11 @@ import errno
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from reprlib import repr as short  # what a message shows of a name from a file
 from typing import Any
 
 from bertner.errors import ModelError, StorageError
@@ -204,7 +206,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
     if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise ValueError(f"holds more than {_MAX_JSON_VALUES:,} values")
     try:
-        values = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=json_object)
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
     except ValueError as error:
@@ -216,10 +218,16 @@ def parse_json(content: bytes) -> dict[str, Any]:
     return values
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that it has twice, one value would be lost in silence.
+
+    Raises:
+        ValueError: It has one.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a key stands twice in one object")
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {short(twice)} twice in one object")
     return values
 
 

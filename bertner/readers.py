@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from bertner.corpus import Corpus, CorpusBuilder, CorpusStream, RawSentence, split_words
 from bertner.errors import DataError, StorageError
+from bertner.files import json_object
 
 # Characters that JSON and parquet can smuggle in and that no tokenizer takes: NUL, and halves of
 # UTF-16 pairs.
@@ -245,16 +245,7 @@ def _json_sentences(
         yield 0, words, tags, [number] * len(words)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that it has twice, one value would be lost in silence."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {short(twice)} twice in one object")
-    return record
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_object)
+_JSON = json.JSONDecoder(object_pairs_hook=json_object)
 
 
 def _listed(names: Iterable[str]) -> str:
