@@ -36,7 +36,7 @@ import torch
 from benchmarks.common import MINILM, seconds_of
 from benchmarks.machine import write_result
 from bertner.batches import pack, steps_from
-from bertner.config import BertConfig, TrainConfig
+from bertner.config import BertConfig, Reading, TrainConfig
 from bertner.data import prepare
 from bertner.data_cache import prepare_file
 from bertner.files import read_json
@@ -59,10 +59,6 @@ def load_tokenizer() -> Tokenizer:
     )
 
 
-def settings_for(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"label_all_tokens": True, "row_limit": tokenizer.row_limit(None), "max_samples": None}
-
-
 def bench_conll(path: Path, repeats: int) -> dict[str, Any]:
     """Ours from the file, theirs from a dataset in memory, taking turns."""
     import datasets
@@ -74,7 +70,7 @@ def bench_conll(path: Path, repeats: int) -> dict[str, Any]:
     tokenizer = load_tokenizer()
     fast = transformers.AutoTokenizer.from_pretrained(find_model(MINILM).folder)
     corpus = open_file(path).read()
-    labels = prepare(open_file(path), tokenizer, None, **settings_for(tokenizer)).dataset
+    labels = prepare(open_file(path), tokenizer, None).dataset
     sentences = range(corpus.num_sentences)
     bounds = corpus.starts
     dataset = datasets.Dataset.from_dict(
@@ -85,7 +81,7 @@ def bench_conll(path: Path, repeats: int) -> dict[str, Any]:
     )
 
     def ours() -> None:
-        prepare(open_file(path), tokenizer, None, **settings_for(tokenizer))
+        prepare(open_file(path), tokenizer, None)
 
     def theirs() -> None:
         options = {"batched": True, "remove_columns": dataset.column_names}
@@ -95,7 +91,7 @@ def bench_conll(path: Path, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         times["bertner"].append(seconds_of(ours))
         times["datasets_map"].append(seconds_of(theirs))
-    num_tokens = len(labels.input_ids)
+    num_tokens = labels.num_read
     result: dict[str, Any] = {"num_tokens": num_tokens}
     for name, each in times.items():
         median = statistics.median(each)
@@ -154,7 +150,7 @@ def child(path: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     start = time.perf_counter()
     dataset = prepare_file(
-        path, tokenizer, None, name="train", columns=COLUMNS, settings=settings_for(tokenizer)
+        path, tokenizer, None, name="train", columns=COLUMNS, reading=Reading(), max_samples=None
     ).dataset
     seconds = time.perf_counter() - start
     growth, stays = _memory("VmHWM") - before, _memory("VmRSS") - before
@@ -174,7 +170,7 @@ def child(path: Path) -> None:
     trained = train(model, dataset, TrainConfig(max_steps=NUM_STEPS, eval_strategy="no"))
     result = {
         "seconds": seconds,
-        "num_tokens": len(dataset.input_ids),
+        "num_tokens": dataset.num_read,
         "num_words": len(dataset.word_labels),
         "peak_growth": growth,
         "growth": stays,

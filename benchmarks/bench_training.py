@@ -134,14 +134,20 @@ def first_batches(dataset: TokenDataset, num_steps: int, with_largest: bool) -> 
         wanted[num_steps // 2] = batches[dataset.row_lengths[batches].max(1).argmax()]
     rows = np.empty(wanted.size, dtype=np.int64)
     rows[epoch_order(wanted.size, 42, 0)] = wanted.ravel()
-    tokens = np.concatenate([np.arange(*dataset.row_starts[row : row + 2]) for row in rows])
+    starts = dataset.rows.starts
+    tokens = np.concatenate([np.arange(*starts[row : row + 2]) for row in rows])
     return replace(
         dataset,
         input_ids=dataset.input_ids[tokens],
         word_ids=dataset.word_ids[tokens],
         labels=dataset.labels[tokens],
-        row_starts=np.append(0, np.cumsum(dataset.row_lengths[rows])),
-        row_sentences=dataset.row_sentences[rows],
+        rows=replace(
+            dataset.rows,
+            starts=np.append(0, np.cumsum(np.diff(starts)[rows])),
+            before=dataset.rows.before[rows],
+            after=dataset.rows.after[rows],
+            sentences=dataset.rows.sentences[rows],
+        ),
     )
 
 

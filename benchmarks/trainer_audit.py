@@ -53,8 +53,7 @@ def trainer_scores(config: TrainConfig, base: Path, label_set: LabelSet) -> list
             ),
             tokenizer,
             label_set,
-            label_all_tokens=config.label_all_tokens,
-            max_seq_length=config.max_seq_length,
+            config.reading,
         )
         for path in (config.train_file, config.validation_file)
     )

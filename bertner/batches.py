@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bertner.config import TrainConfig
@@ -21,15 +23,17 @@ class PaddedBatch:
     Attributes:
         input_ids: (B, T) token ids.
         attention_mask: (B, T) 1 for tokens, 0 for padding.
-        labels: (B, T) label ids, IGNORE_INDEX for special tokens and padding.
+        labels: (B, T) label ids, IGNORE_INDEX for all but the rows' own tokens.
         rows: (B,) the rows.
-        token_index: (num_real_tokens,) place of each real token in the dataset, row after row.
+        is_own: (B, T) whether a token is its row's own.
+        token_index: (num_own_tokens,) place of each row's own tokens in the dataset.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     rows: IntArray
+    is_own: Tensor
     token_index: IntArray
 
     @property
@@ -37,29 +41,26 @@ class PaddedBatch:
         """What the model is told of the rows."""
         return {"attention_mask": self.attention_mask}
 
-    def real(self, values: Tensor) -> Tensor:
-        """Of (B, T) values those of the real tokens, in the order of `token_index`."""
-        return values[self.attention_mask.bool()]
-
 
 def collate(
     dataset: TokenDataset, rows: IntArray | Sequence[int], device: torch.device
 ) -> PaddedBatch:
     """Pads `rows` to the longest of them."""
-    rows = np.asarray(rows)
-    starts, lengths = dataset.row_starts[rows], dataset.row_lengths[rows]
-    column = np.arange(lengths.max())
-    is_token = column < lengths[:, None]  # (B, T)
-    index = np.where(is_token, starts[:, None] + column, 0)
-    input_ids = np.where(is_token, dataset.input_ids[index], dataset.pad_id)
-    labels = np.where(is_token, dataset.labels[index], IGNORE_INDEX)
+    flat = _flatten(dataset, np.asarray(rows))
+    is_token = np.arange(flat.lengths.max()) < flat.lengths[:, None]  # (B, T)
+
+    def padded(values: NDArray[Any], filling: int) -> NDArray[Any]:
+        result = np.full(is_token.shape, filling, dtype=values.dtype)
+        result[is_token] = values
+        return result
 
     return PaddedBatch(
-        _tensor(input_ids, device),
-        _tensor(is_token.astype(np.int64), device),
-        _tensor(labels, device),
-        rows,
-        index[is_token],
+        input_ids=_tensor(padded(flat.input_ids, dataset.pad_id), device),
+        attention_mask=_tensor(is_token, device),
+        labels=_tensor(padded(flat.labels, IGNORE_INDEX), device),
+        rows=flat.rows,
+        is_own=torch.from_numpy(padded(flat.is_own, False)).to(device),
+        token_index=flat.token_index,
     )
 
 
@@ -70,15 +71,17 @@ class PackedBatch:
     Attributes:
         input_ids: (P,) token ids.
         cu_seqlens: (B + 1,) where each row begins, and the number of tokens.
-        labels: (P,) label ids, IGNORE_INDEX for special tokens.
+        labels: (P,) label ids, IGNORE_INDEX for all but the rows' own tokens.
         rows: (B,) the rows, in their order in the batch.
-        token_index: (P,) place of each token in the dataset.
+        is_own: (P,) whether a token is its row's own.
+        token_index: (num_own_tokens,) place of each row's own tokens in the dataset.
     """
 
     input_ids: Tensor
     cu_seqlens: Tensor
     labels: Tensor
     rows: IntArray
+    is_own: Tensor
     token_index: IntArray
 
     @property
@@ -86,33 +89,57 @@ class PackedBatch:
         """What the model is told of the rows."""
         return {"cu_seqlens": self.cu_seqlens}
 
-    def real(self, values: Tensor) -> Tensor:
-        """Of (P,) values those of the real tokens: all."""
-        return values
-
 
 def pack(
     dataset: TokenDataset, rows: IntArray | Sequence[int], device: torch.device
 ) -> PackedBatch:
     """Puts `rows` one after another, shortest first, as attention takes them fastest."""
     rows = np.asarray(rows)
-    rows = rows[np.argsort(dataset.row_lengths[rows], kind="stable")]
-    lengths = dataset.row_lengths[rows]
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    index = np.arange(cu_seqlens[-1]) + np.repeat(
-        dataset.row_starts[rows] - cu_seqlens[:-1], lengths
-    )
-
+    flat = _flatten(dataset, rows[np.argsort(dataset.row_lengths[rows], kind="stable")])
     return PackedBatch(
-        input_ids=_tensor(dataset.input_ids[index], device),
-        cu_seqlens=_tensor(cu_seqlens, device),
-        labels=_tensor(dataset.labels[index], device),
-        rows=rows,
-        token_index=index,
+        input_ids=_tensor(flat.input_ids, device),
+        cu_seqlens=_tensor(np.concatenate([[0], np.cumsum(flat.lengths)]), device),
+        labels=_tensor(flat.labels, device),
+        rows=flat.rows,
+        is_own=torch.from_numpy(flat.is_own).to(device),
+        token_index=flat.token_index,
     )
 
 
-def _tensor(array: IntArray, device: torch.device) -> Tensor:
+class _FlatRows(NamedTuple):
+    """Rows one after another; see `PackedBatch`."""
+
+    input_ids: IntArray
+    labels: IntArray
+    rows: IntArray
+    lengths: IntArray
+    is_own: NDArray[np.bool_]
+    token_index: IntArray
+
+
+def _flatten(dataset: TokenDataset, rows: IntArray) -> _FlatRows:
+    """The tokens of rows, each between its special tokens."""
+    lengths = dataset.row_lengths[rows]
+    stops = np.cumsum(lengths)
+    begins = stops - lengths
+    own_begin, own_end = dataset.rows.starts[rows], dataset.rows.starts[rows + 1]
+    # Of each place its token in the dataset; of a special one, any.
+    first = own_begin - dataset.rows.before[rows]
+    index = np.arange(stops[-1]) + np.repeat(first - begins - 1, lengths)
+    is_token = np.ones(len(index), dtype=bool)
+    is_token[begins] = is_token[stops - 1] = False
+    is_own = (np.repeat(own_begin, lengths) <= index) & (index < np.repeat(own_end, lengths))
+    is_own &= is_token
+
+    input_ids = np.full(len(index), dataset.sep_id)
+    input_ids[begins] = dataset.cls_id
+    input_ids[is_token] = dataset.input_ids[index[is_token]]
+    labels = np.full(len(index), IGNORE_INDEX)
+    labels[is_own] = dataset.labels[index[is_own]]
+    return _FlatRows(input_ids, labels, rows, lengths, is_own, index[is_own])
+
+
+def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array.astype(np.int64)).to(device)
 
 

@@ -165,6 +165,7 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument("--label_names", help="names of integer tags: O,B-PER,I-PER")
         parser.add_argument("--text_column_name", default="tokens")
         parser.add_argument("--label_column_name", default="ner_tags")
+        parser.add_argument("--document_column_name")
         parser.add_argument("--output_file", metavar="FILE", help="write the scores as JSON too")
         options = parser.parse_args(arguments)
         from bertner.run import run_evaluation

@@ -206,6 +206,50 @@ def _check_integer(name: str, value: object, minimum: int, maximum: int) -> None
         raise ModelError(f"{name} must be at most {maximum:,}, not {value}")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads text: what a row is, which wordpieces carry a label.
+
+    A model folder says how its model was trained to read, so that scores and predictions are made
+    in the same way.
+
+    Attributes:
+        label_all_tokens: Whether every wordpiece of a word carries its label, or only the first.
+        max_seq_length: Longest row in tokens; None for the model's own limit.
+        window_overlap: Tokens that neighbouring rows of a long sentence share; None for a quarter
+            of the row.
+        context: "none", or "document" for rows that read neighbouring sentences too.
+        context_unit: What a row is about: "sentence", or "window" for as many whole sentences of a
+            document as it holds.
+        context_tokens: Most tokens that a row reads on each side of what it is about.
+    """
+
+    label_all_tokens: bool = True
+    max_seq_length: int | None = None
+    window_overlap: int | None = None
+    context: str = "none"
+    context_unit: str = "window"
+    context_tokens: int = 0
+
+    def overlap(self, limit: int) -> int:
+        """Tokens that neighbouring rows of a long sentence share.
+
+        Args:
+            limit: Most tokens in a row, without special tokens.
+
+        Raises:
+            UsageError: Rows would share more than half of their tokens.
+        """
+        if self.window_overlap is None:
+            return limit // 4
+        if self.window_overlap > limit // 2:
+            raise UsageError(
+                f"window_overlap {self.window_overlap} is more than half of a row, which has "
+                f"{limit} tokens besides [CLS] and [SEP]; use at most {limit // 2}"
+            )
+        return self.window_overlap
+
+
 def _option(default: Any, help: str, aliases: str = "", choices: str = "") -> Any:
     """A field of TrainConfig with what the command line needs to know of it."""
     metadata = {"help": help, "aliases": aliases.split(), "choices": choices.split()}
@@ -242,12 +286,31 @@ class TrainConfig:
     test_file: str | None = _option(None, "scored once, at the end")
     text_column_name: str = _option("tokens", "column of words in JSON, parquet and Hub datasets")
     label_column_name: str = _option("ner_tags", "column of tags in JSON, parquet and Hub datasets")
+    document_column_name: str | None = _option(
+        None, "column that tells documents apart (default: document_id or doc_id, if there is one)"
+    )
     label_names: str | None = _option(
         None, "names of integer tags, in order, separated by commas: O,B-PER,I-PER"
     )
     label_all_tokens: bool = _option(True, "label every wordpiece of a word, not only its first")
     max_seq_length: int | None = _option(
         None, "longest row in tokens; longer sentences are cut between words (default: the model's)"
+    )
+    window_overlap: int | None = _option(
+        None, "tokens that the rows of a long sentence share (default: a quarter of the row)"
+    )
+    context: str = _option(
+        "none",
+        "let rows read neighbouring sentences too, never of another document",
+        choices="none document",
+    )
+    context_unit: str = _option(
+        "window",
+        "with context, what a row is about: one sentence, or as many as it holds",
+        choices="sentence window",
+    )
+    context_tokens: int = _option(
+        0, "with context, tokens that a row reads on each side of what it is about"
     )
     data_cache: bool = _option(
         True, "keep prepared data files for the next run in $BERTNER_CACHE or ~/.cache/bertner"
@@ -315,7 +378,7 @@ class TrainConfig:
             "logging_steps eval_steps save_steps save_total_limit max_train_samples "
             "max_eval_samples",
             0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-            "warmup_steps warmup_ratio num_train_epochs seed",
+            "warmup_steps warmup_ratio num_train_epochs seed window_overlap context_tokens",
             3: "max_seq_length",  # [CLS], one piece, [SEP]
         }
         for minimum, names in at_least.items():
@@ -356,6 +419,8 @@ class TrainConfig:
             )
         if not self.packing and self.matmul == "onednn":
             raise UsageError("matmul onednn is for packed rows; leave out --no-packing")
+        if self.max_seq_length is not None:
+            self.reading.overlap(self.max_seq_length - 2)
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise UsageError("load_best_model_at_end needs eval_strategy steps or epoch")
 
@@ -378,6 +443,12 @@ class TrainConfig:
         choices = item.metadata["choices"]
         if choices and value not in choices:
             raise UsageError(f"{item.name} must be one of {' '.join(choices)}, not {value!r}")
+
+    @property
+    def reading(self) -> Reading:
+        """How rows are read; the settings of the same names."""
+        names = [item.name for item in dataclasses.fields(Reading)]
+        return Reading(**{name: getattr(self, name) for name in names})
 
     @property
     def train_source(self) -> str:

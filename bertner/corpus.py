@@ -124,6 +124,7 @@ class CorpusSummary:
         scheme: Tag scheme that the source uses.
         type_names: Entity types, sorted.
         num_documents: Number of documents; a source without boundaries is one.
+        marks_documents: Whether the source says where documents begin.
         num_sentences: Number of sentences.
         num_words: Number of words.
         entity_counts: Number of entities of each type.
@@ -134,6 +135,7 @@ class CorpusSummary:
     scheme: str
     type_names: tuple[str, ...]
     num_documents: int
+    marks_documents: bool
     num_sentences: int
     num_words: int
     entity_counts: dict[str, int]
@@ -148,12 +150,14 @@ class Corpus(Sentences):
         type_names: Entity types, sorted; `types` are indices into them.
         scheme: Tag scheme that the source uses.
         sha256: Hash of the file's bytes, or of the words and tags of a dataset.
+        marks_documents: Whether the source says where documents begin.
     """
 
     source: str
     type_names: tuple[str, ...]
     scheme: str
     sha256: str
+    marks_documents: bool
 
     @property
     def num_documents(self) -> int:
@@ -173,6 +177,7 @@ class CorpusBuilder:
         source: File or dataset, as named in messages.
         label_names: Names of integer tags, for readers.
         document: Number of the document that the next sentence is in.
+        marks_documents: Whether the source says where documents begin; set by readers.
         kinds: Entity types in order of first appearance: what `types` of a block are indices into.
         warnings: What `conclude` found worth a warning.
     """
@@ -181,6 +186,7 @@ class CorpusBuilder:
         self.source = source
         self.label_names = label_names
         self.document = 0
+        self.marks_documents = False
         self.kinds: list[str] = []
         self.warnings: list[str] = []
         self._kind_of: dict[str, int] = {}
@@ -301,6 +307,7 @@ class CorpusBuilder:
             type_names=type_names,
             scheme=scheme,
             sha256=sha256,
+            marks_documents=self.marks_documents,
         )
 
 

@@ -1,16 +1,17 @@
-"""From a checked corpus to token rows: tokenise, align labels, cut long sentences.
+"""From a checked corpus to token rows: tokenise, align labels, divide into rows.
 
-Everything is flat: the tokens of all rows stand one after another, and `row_starts` says where each
-row begins. A row is `[CLS] pieces [SEP]` of one sentence, or of a part of a sentence that is longer
-than the model's window; it is cut between words, and nothing is dropped.
+Everything is flat: the wordpieces of all sentences stand one after another, once. A row is a range
+of them, between `[CLS]` and `[SEP]`: a sentence, a part of a long one, several, or one with its
+neighbours (see `windows`); nothing is dropped, and nothing copied.
 
 A corpus goes through in blocks of sentences, so that memory holds one block as Python objects and
 the rest as integers that are no wider than they need to be: 7 bytes a token, and 1 to 2 more for
-words and rows.
+words, sentences and rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bertner.config import Reading
 from bertner.corpus import Corpus, CorpusStream, CorpusSummary, Sentences
 from bertner.errors import DataError
 from bertner.labels import IGNORE_INDEX, B, I, IntArray, LabelSet, label_list
 from bertner.tokenizer import Tokenizer
+from bertner.windows import Rows, cut_rows, sentence_rows
 
 logger = logging.getLogger("bertner")
 
 NumberArray = NDArray[Any]
+
+CARD_READING = Reading()  # a sentence a row, every wordpiece labelled
 
 # Words whose pieces are remembered. Few words make most of any text; the rest are tokenised again.
 _KNOWN_WORDS = 100_000
@@ -45,59 +50,77 @@ _SLICE_TOKENS = 1 << 18
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Tokenised rows in flat arrays.
+    """Tokenised sentences in flat arrays, and the rows that they are read in.
 
-    The integers are narrow: convert before computing with them.
+    The integers are narrow: convert before computing with them. Tokens are wordpieces; the special
+    ones are not kept but put around each row when it is read.
 
     Attributes:
-        input_ids: (num_tokens,) token ids, special tokens included; uint16 if they fit, or int32.
-        word_ids: (num_tokens,) index of each token's word in the corpus; -1 for special tokens.
+        input_ids: (num_tokens,) token ids; uint16 if they fit, or int32.
+        word_ids: (num_tokens,) index of each token's word in the corpus.
         labels: (num_tokens,) label ids, IGNORE_INDEX where a token carries none; int8 or int16.
-        row_starts: (num_rows + 1,) where each row begins; the last is the number of tokens. int64.
-        row_sentences: (num_rows,) sentence that each row is of, ascending.
         word_labels: (num_words,) label ids of the corpus' words.
         sentence_starts: (num_sentences + 1,) where each sentence begins, in words.
+        sentence_token_starts: (num_sentences + 1,) where each sentence begins, in tokens.
         sentence_lines: (num_sentences,) line or record at which each sentence begins.
+        documents: (num_sentences,) number of the document that each sentence is in.
+        rows: Which tokens are read together.
         source: File or dataset, as named in messages.
         label_set: What the label ids mean.
+        cls_id: Id that begins a row.
+        sep_id: Id that ends a row.
         pad_id: Id that fills rows up.
     """
 
     input_ids: IntArray
     word_ids: IntArray
     labels: IntArray
-    row_starts: IntArray
-    row_sentences: IntArray
     word_labels: IntArray
     sentence_starts: IntArray
+    sentence_token_starts: IntArray
     sentence_lines: IntArray
+    documents: IntArray
+    rows: Rows
     source: str
     label_set: LabelSet
+    cls_id: int
+    sep_id: int
     pad_id: int
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self.row_sentences)
+        return len(self.rows.sentences)
 
     @cached_property
     def row_lengths(self) -> IntArray:
-        """(num_rows,) tokens in each row."""
-        return np.diff(self.row_starts).astype(np.int32)
+        """(num_rows,) tokens that each row reads, with context and special tokens."""
+        rows = self.rows
+        lengths: IntArray = (np.diff(rows.starts) + rows.before + rows.after + 2).astype(np.int32)
+        return lengths
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of one pass over all rows, with context and special tokens."""
+        return int(self.row_lengths.sum(dtype=np.int64))
 
     @cached_property
     def row_num_labelled(self) -> IntArray:
-        """(num_rows,) tokens in each row that carry a label."""
-        counts = np.empty(len(self), dtype=np.int32)
-        for rows, tokens in _row_slices(self.row_starts):
-            labelled = self.labels[tokens] != IGNORE_INDEX
-            starts = self.row_starts[rows] - tokens.start
-            counts[rows] = np.add.reduceat(labelled, starts, dtype=np.int32)
-        return counts
+        """(num_rows,) tokens of each row's own that carry a label."""
+        return self._num_labelled(self.rows.starts)
 
     @property
-    def labelled_row_starts(self) -> IntArray:
-        """(num_rows,) where each row begins among the tokens that carry a label."""
-        return np.cumsum(self.row_num_labelled) - self.row_num_labelled
+    def labelled_sentence_starts(self) -> IntArray:
+        """(num_sentences,) where each sentence begins among the tokens that carry a label."""
+        counts = self._num_labelled(self.sentence_token_starts)
+        return np.cumsum(counts) - counts
+
+    def _num_labelled(self, starts: IntArray) -> IntArray:
+        counts = np.empty(len(starts) - 1, dtype=np.int32)
+        for part, tokens in _slices(starts):
+            labelled = self.labels[tokens] != IGNORE_INDEX
+            part_starts = starts[part.start : part.stop + 1] - tokens.start
+            counts[part] = sum_parts(labelled, part_starts, np.int32)
+        return counts
 
     def decide_words(self, token_values: NumberArray, default: int) -> NumberArray:
         """Gives each word the value of its first piece.
@@ -113,6 +136,24 @@ class TokenDataset:
         first = begins_word(self.word_ids)
         values[self.word_ids[first]] = token_values[first]
         return values
+
+
+def sum_parts(values: NumberArray, starts: IntArray, dtype: DTypeLike) -> NumberArray:
+    """Sums of the parts of a flat array, of which some may be empty.
+
+    Args:
+        values: (num_values,).
+        starts: (num_parts + 1,) where each part begins; the last is the number of values.
+        dtype: Of the sums.
+
+    Returns:
+        (num_parts,) the sums.
+    """
+    sums = np.zeros(len(starts) - 1, dtype)
+    (filled,) = np.nonzero(starts[:-1] < starts[1:])
+    if len(filled):
+        sums[filled] = np.add.reduceat(values, starts[filled], dtype=dtype)
+    return sums
 
 
 def labels_for(train: Corpus | CorpusSummary) -> LabelSet:
@@ -132,9 +173,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def begins_word(word_ids: IntArray) -> NDArray[np.bool_]:
-    """(num_tokens,) whether a token is the first piece of its word; special tokens are not."""
-    first = word_ids >= 0
-    first[1:] &= word_ids[1:] != word_ids[:-1]
+    """(num_tokens,) whether a token is the first piece of its word."""
+    first = np.ones(len(word_ids), dtype=bool)
+    first[1:] = word_ids[1:] != word_ids[:-1]
     return first
 
 
@@ -144,11 +185,11 @@ def align_labels(
     """Gives each token the label of its word.
 
     A word's first piece takes the word's label. Later pieces take it too, with `B-X` turned into
-    `I-X`, or none (IGNORE_INDEX) if `label_all_tokens` is off. Special tokens take none.
+    `I-X`, or none (IGNORE_INDEX) if `label_all_tokens` is off.
 
     Args:
         word_labels: (num_words,) label ids.
-        word_ids: (num_tokens,) word of each token, -1 for special tokens.
+        word_ids: (num_tokens,) word of each token.
         label_set: What the ids mean.
         label_all_tokens: Label every piece, as the Hugging Face course does.
 
@@ -156,36 +197,31 @@ def align_labels(
         (num_tokens,) label ids, as wide as those of the words.
     """
     labels = word_labels[word_ids]
-    later = (word_ids >= 0) & ~begins_word(word_ids)
+    later = ~begins_word(word_ids)
     labels[later] = label_set.continuation[labels[later]] if label_all_tokens else IGNORE_INDEX
-    labels[word_ids < 0] = IGNORE_INDEX
     return labels
 
 
 def tokenize(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    label_set: LabelSet,
-    *,
-    label_all_tokens: bool = True,
-    max_seq_length: int | None = None,
+    corpus: Corpus, tokenizer: Tokenizer, label_set: LabelSet, reading: Reading = CARD_READING
 ) -> TokenDataset:
-    """Tokenises a corpus, aligns its labels and cuts what is longer than the window.
+    """Tokenises a corpus, aligns its labels and divides it into rows.
 
     Args:
         corpus: The sentences.
         tokenizer: The model's tokenizer.
         label_set: The model's labels.
-        label_all_tokens: See `align_labels`.
-        max_seq_length: Longest row in tokens; None for the model's own limit.
+        reading: What a row is, and which tokens carry a label.
 
     Raises:
         DataError: The corpus has a tag that the labels lack.
+        UsageError: The reading asks for what cannot be.
     """
-    builder = _DatasetBuilder(corpus.source, tokenizer, tokenizer.row_limit(max_seq_length))
+    builder = _DatasetBuilder(corpus.source, tokenizer, tokenizer.row_limit(reading.max_seq_length))
     for block in corpus.blocks():
         builder.add(block)
-    return builder.finish(corpus.type_names, label_set, label_all_tokens)
+    dataset = builder.finish(corpus.type_names, label_set, reading.label_all_tokens)
+    return divide(dataset, tokenizer, reading)[0]
 
 
 @dataclass(frozen=True)
@@ -208,8 +244,7 @@ def prepare(
     tokenizer: Tokenizer,
     label_set: LabelSet | None,
     *,
-    label_all_tokens: bool = True,
-    row_limit: int,
+    reading: Reading = CARD_READING,
     max_samples: int | None = None,
 ) -> PreparedData:
     """Reads a source and tokenises it as it comes: the same as `tokenize` of the whole corpus.
@@ -218,13 +253,43 @@ def prepare(
         stream: The source.
         tokenizer: The model's tokenizer.
         label_set: The model's labels; None for training data, which say them themselves.
-        label_all_tokens: See `align_labels`.
-        row_limit: Longest row in tokens.
+        reading: What a row is, and which tokens carry a label.
         max_samples: Use only the first sentences; the others are read and checked all the same.
 
     Raises:
         DataError: A mistake in the data; see `read_file` and `tokenize`.
         StorageError: The disk fails.
+        UsageError: The reading asks for what cannot be.
+    """
+    prepared = prepare_tokens(
+        stream,
+        tokenizer,
+        label_set,
+        label_all_tokens=reading.label_all_tokens,
+        row_limit=tokenizer.row_limit(reading.max_seq_length),
+        max_samples=max_samples,
+    )
+    return with_rows(prepared, tokenizer, reading)
+
+
+def prepare_tokens(
+    stream: CorpusStream,
+    tokenizer: Tokenizer,
+    label_set: LabelSet | None,
+    *,
+    label_all_tokens: bool,
+    row_limit: int,
+    max_samples: int | None,
+) -> PreparedData:
+    """`prepare`, up to the division into rows: each sentence is one, however long.
+
+    Args:
+        stream: The source.
+        tokenizer: The model's tokenizer.
+        label_set: The model's labels; None for training data.
+        label_all_tokens: See `align_labels`.
+        row_limit: Longest row in tokens; of a word that alone is longer, the rest is left out.
+        max_samples: Use only the first sentences.
     """
     reader = stream.builder
     builder = _DatasetBuilder(reader.source, tokenizer, row_limit)
@@ -239,6 +304,7 @@ def prepare(
         scheme=scheme,
         type_names=tuple(sorted(reader.kinds)),
         num_documents=builder.count_documents(),
+        marks_documents=reader.marks_documents,
         num_sentences=builder.num_sentences,
         num_words=builder.num_words,
         entity_counts=builder.entity_counts(reader.kinds),
@@ -247,6 +313,49 @@ def prepare(
         label_set = labels_for(summary)
     dataset = builder.finish(reader.kinds, label_set, label_all_tokens)
     return PreparedData(summary, dataset, (*reader.warnings, *builder.warnings))
+
+
+def with_rows(prepared: PreparedData, tokenizer: Tokenizer, reading: Reading) -> PreparedData:
+    """Divides prepared sentences into the rows of a reading.
+
+    Raises:
+        DataError: Context is to be read from documents, and the source does not tell them apart.
+        UsageError: The reading asks for what cannot be.
+    """
+    summary = prepared.summary
+    if reading.context != "none" and not summary.marks_documents:
+        raise DataError(
+            "does not say where documents begin, which --context document needs: add -DOCSTART- "
+            "lines, or a document_id column, or leave --context out",
+            summary.source,
+        )
+    dataset, warnings = divide(prepared.dataset, tokenizer, reading)
+    return PreparedData(summary, dataset, (*prepared.warnings, *warnings))
+
+
+def divide(
+    dataset: TokenDataset, tokenizer: Tokenizer, reading: Reading
+) -> tuple[TokenDataset, list[str]]:
+    """The same tokens in the rows of a reading, and what was logged of them."""
+    row_limit = tokenizer.row_limit(reading.max_seq_length)
+    limit = row_limit - 2  # besides [CLS] and [SEP]
+    rows = cut_rows(
+        dataset.sentence_token_starts,
+        dataset.word_ids,
+        limit,
+        reading.overlap(limit),
+        documents=None if reading.context == "none" else dataset.documents,
+        join=reading.context_unit == "window",
+        context=reading.context_tokens,
+    )
+    warnings = []
+    if rows.num_cut:
+        warnings.append(
+            f"{dataset.source}: {rows.num_cut} sentences are longer than {row_limit} tokens; cut "
+            f"between words into {rows.num_parts} overlapping rows, no word dropped"
+        )
+        logger.warning("%s", warnings[0])
+    return dataclasses.replace(dataset, rows=rows), warnings
 
 
 class _GrowingArray:
@@ -284,6 +393,10 @@ class _GrowingArray:
         array = np.empty(capacity, self._array.dtype)
         array[: self._size] = self._array[: self._size]
         self._array = array
+
+    def view(self) -> IntArray:
+        """What was appended so far."""
+        return self._array[: self._size]
 
     def take(self) -> IntArray:
         """The array, without room to spare; it is no longer kept here."""
@@ -342,22 +455,19 @@ class _DatasetBuilder:
         self.num_words = 0
         self.warnings: list[str] = []
         self._tokenizer = tokenizer
-        self._limit = row_limit - 2  # pieces in a row, besides [CLS] and [SEP]
+        self._limit = row_limit - 2  # pieces of a word
         self._word_pieces = _WordPieces(tokenizer)
         self._input_ids = _GrowingArray(np.uint16 if tokenizer.num_ids <= 1 << 16 else np.int32)
         self._word_ids = _GrowingArray(np.int32)
         self._tags = _GrowingArray(np.int16)  # of each word: see _tag_number
-        self._row_lengths = _GrowingArray(np.int32)
-        self._row_sentences = _GrowingArray(np.int32)
         self._sentence_ends = _GrowingArray(np.int32)
+        self._sentence_token_ends = _GrowingArray(np.int32)
         self._sentence_lines = _GrowingArray(np.int32)
         self._documents = _GrowingArray(np.int32)
         # By tag: how many words have it; line and text of the first.
         self._tag_counts: dict[int, int] = {}
         self._first_use: dict[int, tuple[int, str]] = {}
         self._long_word: tuple[int, str] | None = None
-        self._num_long = 0  # sentences longer than a row, and the rows that they were cut into
-        self._num_cut_rows = 0
 
     def add(self, block: Sentences) -> None:
         if block.num_sentences == 0:
@@ -372,25 +482,9 @@ class _DatasetBuilder:
             pieces, word_ids = pieces[in_word < limit], word_ids[in_word < limit]
             counts = np.minimum(counts, limit)
         pieces_before = np.concatenate([[0], np.cumsum(counts)])
-        num_pieces = np.diff(pieces_before[block.starts])  # of each sentence
-        row_sentences, row_pieces = _cut_rows(num_pieces, word_ids, limit)
-        num_long = int(np.count_nonzero(num_pieces > limit))
-        self._num_long += num_long
-        self._num_cut_rows += len(row_sentences) - block.num_sentences + num_long
-
-        ends = np.cumsum(row_pieces + 2)
-        is_piece = np.ones(ends[-1], dtype=bool)
-        is_piece[ends - row_pieces - 2] = False
-        is_piece[ends - 1] = False
-        input_ids = np.full(len(is_piece), self._tokenizer.sep_id)
-        input_ids[ends - row_pieces - 2] = self._tokenizer.cls_id
-        input_ids[is_piece] = pieces
-        all_word_ids = np.full(len(is_piece), -1)
-        all_word_ids[is_piece] = word_ids + self.num_words
-        self._input_ids.append(input_ids)
-        self._word_ids.append(all_word_ids)
-        self._row_lengths.append(row_pieces + 2)
-        self._row_sentences.append(row_sentences + self.num_sentences)
+        self._sentence_token_ends.append(pieces_before[block.starts[1:]] + len(self._input_ids))
+        self._input_ids.append(pieces)
+        self._word_ids.append(word_ids + self.num_words)
         self._sentence_ends.append(block.starts[1:] + self.num_words)
         self._sentence_lines.append(block.lines[block.starts[:-1]])
         self._documents.append(block.documents)
@@ -409,8 +503,8 @@ class _DatasetBuilder:
             self._first_use.setdefault(int(tag), (int(block.lines[first]), block.words[first]))
 
     def count_documents(self) -> int:
-        """Number of documents since the last time."""
-        return len(np.unique(self._documents.take()))
+        """Number of documents so far."""
+        return len(np.unique(self._documents.view()))
 
     def entity_counts(self, kinds: Sequence[str]) -> dict[str, int]:
         """Number of entities of each type, sorted by its name; `kinds[t]` names type `t`."""
@@ -432,32 +526,34 @@ class _DatasetBuilder:
             DataError: There is a tag that the labels lack.
         """
         label_of = self._labels_of_tags(kinds, label_set)
-        self._warn_of_length()
+        self._warn_of_long_word()
         tags = self._tags.take()
         word_labels = np.empty(len(tags), dtype=label_of.dtype)
         for i in range(0, len(tags), _SLICE_TOKENS):
             word_labels[i : i + _SLICE_TOKENS] = label_of[tags[i : i + _SLICE_TOKENS]]
         del tags  # memory is at its peak below
-        row_starts = np.zeros(len(self._row_lengths) + 1, dtype=np.int64)
-        np.cumsum(self._row_lengths.take(), out=row_starts[1:])
+        sentence_ends, token_ends = self._sentence_ends.take(), self._sentence_token_ends.take()
+        token_starts = np.concatenate([np.zeros(1, token_ends.dtype), token_ends])
         word_ids = self._word_ids.take()
         labels = np.empty(len(word_ids), dtype=label_of.dtype)
-        for _, tokens in _row_slices(row_starts):
+        for _, tokens in _slices(token_starts):
             labels[tokens] = align_labels(
                 word_labels, word_ids[tokens], label_set, label_all_tokens
             )
-        sentence_ends = self._sentence_ends.take()
         return TokenDataset(
             input_ids=self._input_ids.take(),
             word_ids=word_ids,
             labels=labels,
-            row_starts=row_starts,
-            row_sentences=self._row_sentences.take(),
             word_labels=word_labels,
             sentence_starts=np.concatenate([np.zeros(1, sentence_ends.dtype), sentence_ends]),
+            sentence_token_starts=token_starts,
             sentence_lines=self._sentence_lines.take(),
+            documents=self._documents.take(),
+            rows=sentence_rows(token_starts),
             source=self.source,
             label_set=label_set,
+            cls_id=self._tokenizer.cls_id,
+            sep_id=self._tokenizer.sep_id,
             pad_id=self._tokenizer.pad_id,
         )
 
@@ -481,17 +577,12 @@ class _DatasetBuilder:
                     )
         return label_of
 
-    def _warn_of_length(self) -> None:
+    def _warn_of_long_word(self) -> None:
         if self._long_word is not None:
             line, word = self._long_word
             self.warnings.append(
                 f"{self.source}:{line}: a word of more than {self._limit} pieces "
                 f"({word!r:.20}...); its later pieces are not read"
-            )
-        if self._num_long:
-            self.warnings.append(
-                f"{self.source}: {self._num_long} sentences are longer than {self._limit + 2} "
-                f"tokens; cut between words into {self._num_cut_rows} rows, no word dropped"
             )
         for warning in self.warnings:
             logger.warning("%s", warning)
@@ -507,33 +598,11 @@ def _by_name(kinds: Sequence[str]) -> list[tuple[int, str]]:
     return sorted(enumerate(kinds), key=lambda item: item[1])
 
 
-def _row_slices(row_starts: IntArray) -> Iterator[tuple[slice, slice]]:
-    """Splits rows into runs of about _SLICE_TOKENS tokens: slice of rows, slice of tokens."""
-    begin, num_rows = 0, len(row_starts) - 1
-    while begin < num_rows:
-        end = int(np.searchsorted(row_starts, row_starts[begin] + _SLICE_TOKENS))
-        end = min(end, num_rows)
-        yield slice(begin, end), slice(int(row_starts[begin]), int(row_starts[end]))
+def _slices(starts: IntArray) -> Iterator[tuple[slice, slice]]:
+    """Splits parts into runs of about _SLICE_TOKENS tokens: slice of parts, slice of tokens."""
+    begin, num_parts = 0, len(starts) - 1
+    while begin < num_parts:
+        end = int(np.searchsorted(starts, starts[begin] + _SLICE_TOKENS))
+        end = min(max(end, begin + 1), num_parts)
+        yield slice(begin, end), slice(int(starts[begin]), int(starts[end]))
         begin = end
-
-
-def _cut_rows(num_pieces: IntArray, word_ids: IntArray, limit: int) -> tuple[IntArray, IntArray]:
-    """Sentence and number of pieces of each row: whole sentences, or parts cut between words."""
-    if len(num_pieces) == 0 or num_pieces.max() <= limit:
-        return np.arange(len(num_pieces)), num_pieces
-    sentences: list[int] = []
-    lengths: list[int] = []
-    end = 0
-    for sentence, count in enumerate(num_pieces):
-        begin, end = end, end + int(count)
-        while end - begin > limit:
-            # The last word border that still fits; words are at most `limit` long.
-            border = begin + limit
-            while word_ids[border] == word_ids[border - 1]:
-                border -= 1
-            sentences.append(sentence)
-            lengths.append(border - begin)
-            begin = border
-        sentences.append(sentence)
-        lengths.append(end - begin)
-    return np.array(sentences), np.array(lengths)

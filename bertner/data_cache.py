@@ -23,26 +23,28 @@ from typing import Any
 import numpy as np
 
 from bertner import __version__
+from bertner.config import Reading
 from bertner.corpus import CorpusSummary
-from bertner.data import PreparedData, TokenDataset, labels_for, prepare
+from bertner.data import PreparedData, TokenDataset, labels_for, prepare_tokens, with_rows
 from bertner.labels import LabelSet
 from bertner.readers import file_format, hash_file, open_file
 from bertner.tokenizer import Tokenizer
+from bertner.windows import sentence_rows
 
 logger = logging.getLogger("bertner")
 
 # To be raised whenever the same file and settings no longer give the same arrays or files.
-_FORMAT = 2
+_FORMAT = 3
 
 _ARRAYS = (
     "input_ids",
     "word_ids",
     "labels",
-    "row_starts",
-    "row_sentences",
     "word_labels",
     "sentence_starts",
+    "sentence_token_starts",
     "sentence_lines",
+    "documents",
 )
 
 
@@ -70,9 +72,12 @@ def prepare_file(
     *,
     name: str,
     columns: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    reading: Reading,
+    max_samples: int | None,
 ) -> PreparedData:
     """`data.prepare` for a file, or what came of it the last time.
+
+    What is kept are tokens; they are divided into rows each time, which costs little.
 
     A cache that cannot be written costs a line in the log, and one that is damaged not even that.
 
@@ -82,26 +87,45 @@ def prepare_file(
         label_set: The model's labels; None for training data.
         name: Of the data, for the log: "train".
         columns: Other arguments of `readers.open_file`.
-        settings: Other arguments of `data.prepare`.
+        reading: See `data.prepare`.
+        max_samples: See `data.prepare`.
 
     Raises:
         DataError: See `open_file` and `prepare`.
         StorageError: The file cannot be read.
     """
+    settings = {
+        "label_all_tokens": reading.label_all_tokens,
+        "row_limit": tokenizer.row_limit(reading.max_seq_length),
+        "max_samples": max_samples,
+    }
+    prepared = _tokens_of(path, tokenizer, label_set, name, columns, settings)
+    return with_rows(prepared, tokenizer, reading)
+
+
+def _tokens_of(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    label_set: LabelSet | None,
+    name: str,
+    columns: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> PreparedData:
+    """`data.prepare_tokens` for a file, from the cache if it is there."""
     folder = cache_folder()
     if folder is None:
         logger.warning("no home folder to keep prepared data in; set BERTNER_CACHE to one")
-        return prepare(open_file(path, **columns), tokenizer, label_set, **settings)
+        return prepare_tokens(open_file(path, **columns), tokenizer, label_set, **settings)
     sha256 = hash_file(path)
     key = _key(sha256, path, tokenizer, label_set, columns, settings)
     entry = folder / key
-    cached = _load(entry, key, str(path), label_set, tokenizer.pad_id)
+    cached = _load(entry, key, str(path), label_set, tokenizer)
     if cached is not None:
         logger.info("%s: prepared before, from the cache at %s", name, entry)
         for warning in cached.warnings:
             logger.warning("%s", warning)
         return cached
-    prepared = prepare(open_file(path, **columns), tokenizer, label_set, **settings)
+    prepared = prepare_tokens(open_file(path, **columns), tokenizer, label_set, **settings)
     if prepared.summary.sha256 == sha256:  # or the file has changed meanwhile
         _save(entry, key, prepared)
     return prepared
@@ -134,7 +158,7 @@ def _hash(content: Any) -> str:
 
 
 def _load(
-    entry: Path, key: str, source: str, label_set: LabelSet | None, pad_id: int
+    entry: Path, key: str, source: str, label_set: LabelSet | None, tokenizer: Tokenizer
 ) -> PreparedData | None:
     """What an entry holds; None if it is not there or not what was written.
 
@@ -163,7 +187,13 @@ def _load(
         }
     )
     dataset = TokenDataset(
-        **arrays, source=source, label_set=label_set or labels_for(summary), pad_id=pad_id
+        **arrays,
+        rows=sentence_rows(arrays["sentence_token_starts"]),
+        source=source,
+        label_set=label_set or labels_for(summary),
+        cls_id=tokenizer.cls_id,
+        sep_id=tokenizer.sep_id,
+        pad_id=tokenizer.pad_id,
     )
     return PreparedData(summary, dataset, tuple(source + text for text in content["warnings"]))
 

@@ -14,7 +14,7 @@ import torch
 from bertner import kernels
 from bertner.batches import PackedBatch, PaddedBatch, packed_by_length, padded_by_length
 from bertner.config import EVAL_TOKENS
-from bertner.data import TokenDataset
+from bertner.data import TokenDataset, sum_parts
 from bertner.labels import IGNORE_INDEX, IntArray
 from bertner.metrics import EntityScores, score_entities
 from bertner.model import BertForNER, autocast, token_loss
@@ -113,8 +113,8 @@ def evaluate(
                 with autocast(device, dtype):
                     logits = model(batch.input_ids, **batch.layout).logits  # (P, C) or (B, T, C)
                 loss = token_loss(logits, batch.labels, "none")
-                predicted[batch.token_index] = batch.real(logits.argmax(-1)).cpu().numpy()
-                losses[batch.token_index] = batch.real(loss).cpu().numpy()
+                predicted[batch.token_index] = logits.argmax(-1)[batch.is_own].cpu().numpy()
+                losses[batch.token_index] = loss[batch.is_own].cpu().numpy()
                 if on_batch is not None:
                     on_batch(len(batch.rows))
                 if should_stop():
@@ -122,7 +122,7 @@ def evaluate(
     finally:
         model.train(was_training)
 
-    row_losses = np.add.reduceat(losses, dataset.row_starts[:-1], dtype=np.float64)
+    row_losses = sum_parts(losses, dataset.rows.starts, np.float64)
     scored = dataset.labels != IGNORE_INDEX
     label_set = dataset.label_set
     word_predictions = dataset.decide_words(predicted, label_set.outside)
@@ -130,7 +130,7 @@ def evaluate(
         loss=float(row_losses.sum() / max(dataset.row_num_labelled.sum(), 1)),
         loss_batch_mean=_mean_of_batch_means(row_losses, dataset.row_num_labelled, batch_size),
         subword=score_entities(
-            predicted[scored], dataset.labels[scored], dataset.labelled_row_starts, label_set
+            predicted[scored], dataset.labels[scored], dataset.labelled_sentence_starts, label_set
         ),
         word=score_entities(
             word_predictions, dataset.word_labels, dataset.sentence_starts[:-1], label_set

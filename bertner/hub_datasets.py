@@ -11,7 +11,7 @@ from bertner.corpus import Corpus, CorpusStream
 from bertner.errors import DataError, StorageError
 from bertner.hub import ask_hub, io_errors, is_hub_id, unreachable
 from bertner.labels import CONLL_TYPES, label_list
-from bertner.readers import open_table
+from bertner.readers import Columns, open_table
 
 logger = logging.getLogger("bertner")
 
@@ -35,6 +35,7 @@ def read_dataset(
     config_name: str | None = None,
     text_column: str = "tokens",
     label_column: str = "ner_tags",
+    document_column: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> dict[str, Corpus]:
     """Reads the splits that `open_dataset` finds; takes and raises the same."""
@@ -43,6 +44,7 @@ def read_dataset(
         config_name=config_name,
         text_column=text_column,
         label_column=label_column,
+        document_column=document_column,
         label_names=label_names,
     )
     return {split: stream.read() for split, stream in streams.items()}
@@ -54,6 +56,7 @@ def open_dataset(
     config_name: str | None = None,
     text_column: str = "tokens",
     label_column: str = "ner_tags",
+    document_column: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> dict[str, CorpusStream]:
     """Finds the splits of a Hub dataset (or of a folder that holds one), to be read.
@@ -63,6 +66,8 @@ def open_dataset(
         config_name: Configuration of the dataset.
         text_column: Column of the words.
         label_column: Column of the tags.
+        document_column: Column that tells documents apart; None for `document_id` or `doc_id`, if
+            there is one.
         label_names: Names of integer tags; None for the dataset's own.
 
     Returns:
@@ -72,16 +77,15 @@ def open_dataset(
         DataError: The dataset does not exist or has not the shape that is needed.
         StorageError: The Hub cannot be reached.
     """
+    columns = Columns(text_column, label_column, document_column)
     if name == "conll2003" and not Path(name).exists():
-        return _open_conll2003(text_column, label_column)
+        return _open_conll2003(columns)
     splits = _load_dataset(name, config_name, None)
     streams = {}
     for split, names in _SPLITS.items():
         found = next((each for each in names if each in splits), None)
         if found is not None:
-            streams[split] = _from_dataset(
-                splits[found], f"{name}[{found}]", text_column, label_column, label_names
-            )
+            streams[split] = _from_dataset(splits[found], f"{name}[{found}]", columns, label_names)
     if "train" not in streams:
         raise DataError(f"has no train split but {', '.join(splits)}", name)
     return streams
@@ -144,15 +148,11 @@ def _load_cached(name: str, config_name: str | None) -> Any:
 
 
 def _from_dataset(
-    dataset: Any,
-    source: str,
-    text_column: str,
-    label_column: str,
-    label_names: Sequence[str] | None,
+    dataset: Any, source: str, columns: Columns, label_names: Sequence[str] | None
 ) -> CorpusStream:
-    names = label_names or _class_names(dataset, label_column)
+    names = label_names or _class_names(dataset, columns.label)
     table = dataset.with_format("arrow")[:]
-    return open_table(table, source, text_column, label_column, names)
+    return open_table(table, source, columns, names)
 
 
 def _class_names(dataset: Any, column: str) -> list[str] | None:
@@ -161,7 +161,7 @@ def _class_names(dataset: Any, column: str) -> list[str] | None:
     return getattr(inner, "names", None)
 
 
-def _open_conll2003(text_column: str, label_column: str) -> dict[str, CorpusStream]:
+def _open_conll2003(columns: Columns) -> dict[str, CorpusStream]:
     """The alias: the first mirror that answers with the right rows and label order."""
     failures: list[DataError] = []
     hub_down: StorageError | None = None
@@ -184,7 +184,7 @@ def _open_conll2003(text_column: str, label_column: str) -> dict[str, CorpusStre
             continue
         logger.info("conll2003 from %s%s", name, f" at {revision}" if revision else "")
         return {
-            split: _from_dataset(splits[split], f"{name}[{split}]", text_column, label_column, None)
+            split: _from_dataset(splits[split], f"{name}[{split}]", columns, None)
             for split in CONLL2003_ROWS
         }
     if hub_down is not None:

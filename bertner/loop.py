@@ -160,7 +160,7 @@ def _not_finite(
     dataset: TokenDataset,
     rows: IntArray,
 ) -> NotFiniteError:
-    sentences = dataset.row_sentences[rows]
+    sentences = dataset.rows.sentences[rows]
     lines = ", ".join(str(line) for line in dataset.sentence_lines[sentences])
     return NotFiniteError(
         f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, with the "

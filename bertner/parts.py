@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 from pathlib import Path
@@ -112,7 +113,7 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
             open_dataset(
                 config.train_source,
                 config_name=config.dataset_config_name,
-                **columns_of(config.text_column_name, config.label_column_name, config.label_names),
+                **columns_of(config),
             )
         )
     else:
@@ -131,12 +132,14 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
     return data
 
 
-def columns_of(text_column: str, label_column: str, label_names: str | None) -> dict[str, Any]:
-    """What readers are told of a source's columns."""
+def columns_of(settings: TrainConfig | argparse.Namespace) -> dict[str, Any]:
+    """What readers are told of a source's columns; settings have the names of TrainConfig."""
+    names = settings.label_names
     return {
-        "text_column": text_column,
-        "label_column": label_column,
-        "label_names": label_names.split(",") if label_names else None,
+        "text_column": settings.text_column_name,
+        "label_column": settings.label_column_name,
+        "document_column": settings.document_column_name,
+        "label_names": names.split(",") if names else None,
     }
 
 
@@ -144,14 +147,12 @@ def _prepare_data(
     config: TrainConfig, data: dict[str, Path | CorpusStream], tokenizer: Tokenizer
 ) -> dict[str, PreparedData]:
     """Reads and tokenises all data; the training data say what the labels are."""
-    columns = columns_of(config.text_column_name, config.label_column_name, config.label_names)
-    row_limit = tokenizer.row_limit(config.max_seq_length)
+    columns = columns_of(config)
     prepared: dict[str, PreparedData] = {}
     label_set = None
     for split, source in data.items():
         settings: dict[str, Any] = {
-            "label_all_tokens": config.label_all_tokens,
-            "row_limit": row_limit,
+            "reading": config.reading,
             "max_samples": config.max_train_samples
             if split == "train"
             else config.max_eval_samples,
@@ -159,7 +160,7 @@ def _prepare_data(
         # A pipe can be read only once, and so not be hashed first.
         if isinstance(source, Path) and source.is_file() and config.data_cache:
             prepared[split] = prepare_file(
-                source, tokenizer, label_set, name=split, columns=columns, settings=settings
+                source, tokenizer, label_set, name=split, columns=columns, **settings
             )
         else:
             stream = open_file(source, **columns) if isinstance(source, Path) else source
@@ -186,7 +187,7 @@ def announce(config: TrainConfig, parts: Parts, total_steps: int) -> None:
             f"{corpus.num_sentences:,}",
             f"{corpus.num_words:,}",
             f"{sum(corpus.entity_counts.values()):,}",
-            f"{len(parts.datasets[split].input_ids):,}",
+            f"{parts.datasets[split].num_read:,}",
             corpus.source,
         )
     logger.info(

@@ -126,8 +126,8 @@ class Tagger:
                 with autocast(device, self.dtype):
                     logits = self.model(batch.input_ids, cu_seqlens=batch.cu_seqlens).logits
                 best = F.softmax(logits.float(), dim=-1).max(-1)
-                labels[batch.token_index] = best.indices.cpu().numpy()
-                scores[batch.token_index] = best.values.cpu().numpy()
+                labels[batch.token_index] = best.indices[batch.is_own].cpu().numpy()
+                scores[batch.token_index] = best.values[batch.is_own].cpu().numpy()
         return (
             dataset.decide_words(labels, self.label_set.outside),
             dataset.decide_words(scores, 1),
@@ -147,4 +147,5 @@ def _unlabelled(words: list[str], starts: IntArray) -> Corpus:
         lines=np.repeat(np.arange(1, len(starts)), np.diff(starts)),
         scheme="IOB2",
         sha256="",
+        marks_documents=True,
     )

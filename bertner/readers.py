@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short  # what a message shows of a value from a file
 from typing import Any
@@ -28,11 +29,46 @@ _CHUNK_BYTES = 1 << 18
 _TABLE_ROWS = 1_000
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a table, or of the keys of JSON objects.
+
+    Attributes:
+        text: The words.
+        label: The tags.
+        document: What tells documents apart; None for `document_id` or `doc_id`, if there is one.
+    """
+
+    text: str
+    label: str
+    document: str | None
+
+    def find_document(
+        self, names: Iterable[str], source: str, line: int | None = None
+    ) -> str | None:
+        """Of the columns that there are the one that tells documents apart.
+
+        Raises:
+            DataError: The one that was named is not there.
+        """
+        if self.document is None:
+            return next((name for name in _DOCUMENT_COLUMNS if name in names), None)
+        if self.document not in names:
+            raise DataError(
+                f"has no column {self.document!r} but {_listed(names)} "
+                "(--document_column_name names another)",
+                source,
+                line,
+            )
+        return self.document
+
+
 def read_file(
     path: str | Path,
     *,
     text_column: str = "tokens",
     label_column: str = "ner_tags",
+    document_column: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> Corpus:
     """Reads an annotated file; its ending tells the format.
@@ -41,6 +77,8 @@ def read_file(
         path: `.json`/`.jsonl` (one object a line), `.parquet`, or CoNLL columns (any other ending).
         text_column: Key or column of the words.
         label_column: Key or column of the tags.
+        document_column: Key or column that tells documents apart; None for `document_id` or
+            `doc_id`, if there is one.
         label_names: Names of tags that are integers.
 
     Raises:
@@ -48,7 +86,11 @@ def read_file(
         StorageError: The file is there but the disk fails, or it may not be read.
     """
     return open_file(
-        path, text_column=text_column, label_column=label_column, label_names=label_names
+        path,
+        text_column=text_column,
+        label_column=label_column,
+        document_column=document_column,
+        label_names=label_names,
     ).read()
 
 
@@ -57,19 +99,20 @@ def open_file(
     *,
     text_column: str = "tokens",
     label_column: str = "ner_tags",
+    document_column: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> CorpusStream:
     """What `read_file` reads, to be read in blocks; errors are raised while it is."""
     path = Path(path)
     builder = CorpusBuilder(str(path), label_names)
     digest = hashlib.sha256()
+    columns = Columns(text_column, label_column, document_column)
     sentences: Iterator[RawSentence]
     kind = file_format(path)
     if kind == "parquet":
-        sentences = _parquet_sentences(path, builder, digest, text_column, label_column)
+        sentences = _parquet_sentences(path, builder, digest, columns)
     elif kind == "json":
-        lines = _text_lines(path, digest)
-        sentences = _json_sentences(lines, builder, text_column, label_column)
+        sentences = _json_sentences(_text_lines(path, digest), builder, columns)
     else:
         sentences = _conll_sentences(_text_lines(path, digest), builder)
     return CorpusStream(builder, sentences, digest)
@@ -175,8 +218,9 @@ def _conll_sentences(lines: Iterable[str], builder: CorpusBuilder) -> Iterator[R
             if words:
                 yield document, words, tags, range(number - len(words), number)
                 words, tags, is_first = [], [], False
-            if row and not is_first:
-                document += 1
+            if row:
+                builder.marks_documents = True
+                document += not is_first
             continue
         # With tabs an empty or spaced word is possible; without, runs of spaces part the columns.
         if "\t" in row:
@@ -205,9 +249,11 @@ def _begins_document(row: str) -> bool:
 
 
 def _json_sentences(
-    lines: Iterable[str], builder: CorpusBuilder, text_column: str, label_column: str
+    lines: Iterable[str], builder: CorpusBuilder, columns: Columns
 ) -> Iterator[RawSentence]:
     """JSON lines of words and tags, or of a text and its entities."""
+    text_column, label_column = columns.text, columns.label
+    document_of: dict[Any, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -242,7 +288,11 @@ def _json_sentences(
                 builder.source,
                 number,
             )
-        yield 0, words, tags, [number] * len(words)
+        column = columns.find_document(record, builder.source, number)
+        builder.marks_documents |= column is not None
+        value = None if column is None else record[column]
+        (document,) = _number_documents([value], document_of, column, builder.source, number)
+        yield document, words, tags, [number] * len(words)
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=json_object)
@@ -382,7 +432,7 @@ def _tags_from_entities(
 
 
 def _parquet_sentences(
-    path: Path, builder: CorpusBuilder, digest: hashlib._Hash, text_column: str, label_column: str
+    path: Path, builder: CorpusBuilder, digest: hashlib._Hash, columns: Columns
 ) -> Iterator[RawSentence]:
     import pyarrow
     import pyarrow.parquet
@@ -404,8 +454,8 @@ def _parquet_sentences(
     if builder.label_names is None:
         # Files that `datasets` writes carry the names of their integer tags.
         metadata = (table.schema.metadata or {}).get(b"huggingface")
-        builder.label_names = _class_label_names(metadata, label_column)
-    yield from _table_sentences(table, builder, None, text_column, label_column)
+        builder.label_names = _class_label_names(metadata, columns.label)
+    yield from _table_sentences(table, builder, None, columns)
 
 
 def _class_label_names(metadata: bytes | None, label_column: str) -> list[str] | None:
@@ -422,23 +472,18 @@ def _class_label_names(metadata: bytes | None, label_column: str) -> list[str] |
 
 
 def open_table(
-    table: Any,
-    source: str,
-    text_column: str,
-    label_column: str,
-    label_names: Sequence[str] | None,
+    table: Any, source: str, columns: Columns, label_names: Sequence[str] | None
 ) -> CorpusStream:
     """An Arrow table with a column of words and one of tags, to be read.
 
     Args:
-        table: `pyarrow.Table`; a `document_id` or `doc_id` column tells documents apart.
+        table: `pyarrow.Table`.
         source: Named in messages.
-        text_column: Column of lists of words.
-        label_column: Column of lists of tags, strings or integers.
+        columns: Those of lists of words, and of lists of tags, strings or integers.
         label_names: Names of integer tags.
     """
     builder, digest = CorpusBuilder(source, label_names), hashlib.sha256()
-    sentences = _table_sentences(table, builder, digest, text_column, label_column)
+    sentences = _table_sentences(table, builder, digest, columns)
     return CorpusStream(builder, sentences, digest)
 
 
@@ -446,18 +491,23 @@ def _table_sentences(
     table: Any,
     builder: CorpusBuilder,
     digest: hashlib._Hash | None,
-    text_column: str,
-    label_column: str,
+    columns: Columns,
 ) -> Iterator[RawSentence]:
     """The records of a table; `digest`, if there is one, takes in their words and tags."""
-    source = builder.source
+    source, text_column, label_column = builder.source, columns.text, columns.label
     for column in (text_column, label_column):
         _check_list_column(table, column, source)
+    document_column = columns.find_document(table.column_names, source)
+    builder.marks_documents = document_column is not None
     document_of: dict[Any, int] = {}
     for begin in range(0, table.num_rows, _TABLE_ROWS):
         part = table.slice(begin, _TABLE_ROWS)
+        documents: list[int] = [0] * part.num_rows
+        if document_column is not None:
+            values = _values(part, document_column, source)
+            documents = _number_documents(values, document_of, document_column, source)
         records = zip(
-            _document_numbers(part, source, document_of),
+            documents,
             _values(part, text_column, source),
             _values(part, label_column, source),
             strict=True,
@@ -499,18 +549,20 @@ def _values(table: Any, column: str, source: str) -> list[Any]:
     return values
 
 
-def _document_numbers(table: Any, source: str, document_of: dict[Any, int]) -> list[int]:
+def _number_documents(
+    values: Sequence[Any],
+    document_of: dict[Any, int],
+    column: str | None,
+    source: str,
+    line: int | None = None,
+) -> list[int]:
     """The document of each record; `document_of` numbers them by what stands in their column."""
-    for column in _DOCUMENT_COLUMNS:
-        if column in table.column_names:
-            values = _values(table, column, source)
-            try:
-                return [document_of.setdefault(value, len(document_of)) for value in values]
-            except TypeError:
-                raise DataError(
-                    f"column {column!r} must hold one string or integer a record", source
-                ) from None
-    return [0] * table.num_rows
+    try:
+        return [document_of.setdefault(value, len(document_of)) for value in values]
+    except TypeError:
+        raise DataError(
+            f"column {column!r} must hold one string or integer a record", source, line
+        ) from None
 
 
 def read_lines(path: str | Path) -> Iterator[str]:

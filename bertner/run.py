@@ -29,7 +29,7 @@ from bertner.checkpoint import (
     verify_checkpoint,
     write_state,
 )
-from bertner.config import TrainConfig
+from bertner.config import Reading, TrainConfig
 from bertner.data import prepare
 from bertner.errors import CheckpointError, DataError, RunStoppedError, UsageError
 from bertner.evaluation import Evaluation, Stopped, evaluate
@@ -305,7 +305,7 @@ class _Run:
             base_model=self.parts.source.name,
             base_commit=self.parts.source.commit,
             corpora=self.parts.corpora,
-            num_train_tokens=len(self.parts.datasets["train"].input_ids),
+            num_train_tokens=self.parts.datasets["train"].num_read,
             model=self.parts.model.config,
             num_parameters=self.parts.model.num_parameters,
             max_length=self.parts.tokenizer.row_limit(self.config.max_seq_length),
@@ -372,16 +372,15 @@ def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dic
     return results
 
 
-def _labelling(folder: Path) -> dict[str, Any]:
-    """How a model's training data was labelled and cut; as by default if others trained it."""
+def _reading_of(folder: Path) -> Reading:
+    """How a model was trained to read; as by default if others trained it."""
     try:
-        names = ("label_all_tokens", "max_seq_length")
         config = read_json(folder / "run.json")["config"]
-        settings = {name: config[name] for name in names}
-        TrainConfig.from_dict(settings)  # or they make no sense
-        return settings
-    except (DataError, UsageError, KeyError, TypeError):
-        return {"label_all_tokens": True, "max_seq_length": None}
+        names = {item.name for item in dataclasses.fields(Reading)}
+        settings = {name: value for name, value in config.items() if name in names}
+        return TrainConfig.from_dict(settings).reading
+    except (DataError, UsageError, KeyError, TypeError, AttributeError):
+        return Reading()
 
 
 def run_evaluation(options: argparse.Namespace) -> None:
@@ -393,14 +392,11 @@ def run_evaluation(options: argparse.Namespace) -> None:
     products = kernels.choose_products(options.matmul, device, options.dtype)
     logger.info("matrix products: %s", products)
     tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
-    columns = columns_of(options.text_column_name, options.label_column_name, options.label_names)
-    labelling = _labelling(source.folder)
     dataset = prepare(
-        open_file(options.file, **columns),
+        open_file(options.file, **columns_of(options)),
         tokenizer,
         model.label_set,
-        label_all_tokens=labelling["label_all_tokens"],
-        row_limit=tokenizer.row_limit(labelling["max_seq_length"]),
+        reading=_reading_of(source.folder),
     ).dataset
     with progress_bar(len(dataset), " sentences", "evaluate", show=True) as bar:
         evaluation = evaluate(

@@ -30,11 +30,12 @@ def test_collate_pads_on_the_right(tokenizer: Tokenizer) -> None:
     assert batch.attention_mask.tolist() == [[1] * 8, [1] * 3 + [0] * 5]
     assert batch.labels[1].tolist() == [-100, 1, -100] + [-100] * 5
     assert batch.input_ids[1, 3:].tolist() == [tokenizer.pad_id] * 5
-    begin = dataset.row_starts[2]
-    assert batch.token_index.tolist() == [*range(begin, begin + 8), 0, 1, 2]
-    assert (
-        dataset.input_ids[batch.token_index] == batch.input_ids[batch.attention_mask == 1].numpy()
-    ).all()
+    begin = dataset.rows.starts[2]
+    assert batch.token_index.tolist() == [*range(begin, begin + 6), 0]
+    assert batch.is_own.tolist() == [[False, *[True] * 6, False], [False, True, *[False] * 6]]
+    assert dataset.input_ids[batch.token_index].tolist() == batch.input_ids[batch.is_own].tolist()
+    assert batch.input_ids[:, 0].tolist() == [tokenizer.cls_id] * 2
+    assert (batch.input_ids[0, 7], batch.input_ids[1, 2]) == (tokenizer.sep_id, tokenizer.sep_id)
     assert batch.labels.dtype == batch.input_ids.dtype == torch.int64
     assert (batch.labels[batch.attention_mask == 0] == IGNORE_INDEX).all()
 
@@ -46,10 +47,15 @@ def test_pack_leaves_nothing_out_and_puts_nothing_in(tokenizer: Tokenizer) -> No
     lengths = dataset.row_lengths[batch.rows]
     assert (np.diff(lengths) >= 0).all()
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum(lengths)]
-    places = [np.arange(dataset.row_starts[row], dataset.row_starts[row + 1]) for row in batch.rows]
+    places = [np.arange(*dataset.rows.starts[row : row + 2]) for row in batch.rows]
     assert batch.token_index.tolist() == np.concatenate(places).tolist()
-    assert batch.input_ids.tolist() == dataset.input_ids[batch.token_index].tolist()
-    assert batch.labels.tolist() == dataset.labels[batch.token_index].tolist()
+    assert batch.input_ids[batch.is_own].tolist() == dataset.input_ids[batch.token_index].tolist()
+    assert batch.labels[batch.is_own].tolist() == dataset.labels[batch.token_index].tolist()
+    assert set(batch.labels[~batch.is_own].tolist()) == {IGNORE_INDEX}
+    specials = [tokenizer.cls_id, tokenizer.sep_id] * 3
+    assert batch.input_ids[~batch.is_own].tolist() == specials
+    begins = batch.cu_seqlens[:-1]
+    assert set(batch.input_ids[begins].tolist()) == {tokenizer.cls_id}
     assert batch.labels.dtype == batch.input_ids.dtype == torch.int64
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bertner import data, readers
-from bertner.config import BertConfig
+from bertner.config import BertConfig, Reading
 from bertner.corpus import CorpusBuilder, CorpusStream
 from bertner.data import TokenDataset, align_labels, labels_for, prepare, tokenize
 from bertner.errors import DataError
@@ -29,23 +29,18 @@ def test_alignment_by_hand(tokenizer: Tokenizer) -> None:
     assert label_set.names == ("O", "B-LOC", "I-LOC", "B-MISC", "I-MISC", "B-PER", "I-PER")
     dataset = tokenize(corpus, tokenizer, label_set)
     tokens = [tokenizer.fast.id_to_token(int(token_id)) for token_id in dataset.input_ids]
-    first = "[CLS] M ##a ##r ##y P ##o ##e said the l ##a ##n ##d ##ing [SEP]".split()
-    assert tokens == [*first, "[CLS]", "Paris", "[SEP]"]
-    names = [label_set.names[k] if k >= 0 else "-" for k in dataset.labels]
-    assert (
-        names
-        == (
-            "- B-PER I-PER I-PER I-PER I-PER I-PER I-PER O O B-MISC I-MISC I-MISC I-MISC I-MISC - "
-            "- B-LOC -"
-        ).split()
-    )
-    assert dataset.word_ids.tolist() == [
-        *[-1, 0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 4, 4, 4, -1],
-        *[-1, 5, -1],
+    assert tokens == "M ##a ##r ##y P ##o ##e said the l ##a ##n ##d ##ing Paris".split()
+    names = [label_set.names[k] for k in dataset.labels]
+    assert names == [
+        *"B-PER I-PER I-PER I-PER I-PER I-PER I-PER O O".split(),
+        *"B-MISC I-MISC I-MISC I-MISC I-MISC B-LOC".split(),
     ]
-    first_only = tokenize(corpus, tokenizer, label_set, label_all_tokens=False)
+    assert dataset.word_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 5]
+    assert dataset.rows.starts.tolist() == [0, 14, 15]
+    assert dataset.row_lengths.tolist() == [16, 3]
+    first_only = tokenize(corpus, tokenizer, label_set, Reading(label_all_tokens=False))
     names = [label_set.names[k] if k >= 0 else "-" for k in first_only.labels]
-    assert names == "- B-PER - - - I-PER - - O O B-MISC - - - - - - B-LOC -".split()
+    assert names == "B-PER - - - I-PER - - O O B-MISC - - - - B-LOC".split()
     assert first_only.row_num_labelled.tolist() == [5, 1]
 
 
@@ -78,18 +73,16 @@ def test_conll2003_train_in_the_cased_vocabulary(tmp_path: Path) -> None:
     assert label_set.names == tuple(label_list(["PER", "ORG", "LOC", "MISC"]))
     assert label_set.names[1] == "B-PER", "CoNLL's own order"
     dataset = tokenize(corpus, tokenizer, label_set)
-    assert len(dataset.input_ids) == 300_677
+    assert dataset.num_read == 300_677
     assert len(dataset) == 14_041
 
     for sentence in range(corpus.num_sentences):
         words = slice(corpus.starts[sentence], corpus.starts[sentence + 1])
-        tokens = slice(dataset.row_starts[sentence], dataset.row_starts[sentence + 1])
-        word_ids = [
-            None if word < 0 else int(word - corpus.starts[sentence])
-            for word in dataset.word_ids[tokens]
-        ]
-        expected = course_alignment(dataset.word_labels[words].tolist(), word_ids)
-        assert dataset.labels[tokens].tolist() == expected
+        tokens = slice(dataset.rows.starts[sentence], dataset.rows.starts[sentence + 1])
+        word_ids = (dataset.word_ids[tokens] - corpus.starts[sentence]).tolist()
+        labels = dataset.word_labels[words].tolist()
+        expected = course_alignment(labels, [None, *word_ids, None])
+        assert [-100, *dataset.labels[tokens], -100] == expected
 
 
 def test_unknown_validation_tag_names_line_and_fix(tokenizer: Tokenizer) -> None:
@@ -118,9 +111,9 @@ def test_a_corpus_without_entities_is_refused() -> None:
 
 def test_continuation_of_labels_in_another_order() -> None:
     label_set = LabelSet(("I-X", "O", "B-X", "S-Y"))
-    word_ids = np.array([-1, 0, 0, 1, 1, 2, 2, -1])
+    word_ids = np.array([0, 0, 1, 1, 2, 2])
     labels = align_labels(np.array([2, 1, 3]), word_ids, label_set, True)
-    assert labels.tolist() == [-100, 2, 0, 1, 1, 3, 3, -100]
+    assert labels.tolist() == [2, 0, 1, 1, 3, 3]
 
 
 @settings(
@@ -149,25 +142,22 @@ def test_no_word_is_lost_however_long_the_sentence(
         builder.add(words, ["B-X"] * len(words), [1] * len(words))
     corpus = builder.finish("")
     label_set = labels_for(corpus)
-    whole = tokenize(corpus, tokenizer, label_set, label_all_tokens=label_all, max_seq_length=128)
-    cut = tokenize(corpus, tokenizer, label_set, label_all_tokens=label_all, max_seq_length=limit)
+    whole, cut = (
+        tokenize(corpus, tokenizer, label_set, Reading(label_all, max_seq_length=length))
+        for length in (128, limit)
+    )
     assert cut.row_lengths.max() <= limit
     # The same pieces, words and labels in the same order, only in more rows.
     for name in ("input_ids", "word_ids", "labels"):
-        assert np.array_equal(
-            getattr(cut, name)[cut.word_ids >= 0], getattr(whole, name)[whole.word_ids >= 0]
-        )
+        assert np.array_equal(getattr(cut, name), getattr(whole, name))
+    assert (cut.rows.starts[0], cut.rows.starts[-1]) == (0, len(cut.input_ids))
     for row in range(len(cut)):
-        tokens = slice(cut.row_starts[row], cut.row_starts[row + 1])
-        assert cut.input_ids[tokens][0] == tokenizer.cls_id
-        assert cut.input_ids[tokens][-1] == tokenizer.sep_id
-        assert np.all(cut.word_ids[tokens][1:-1] >= 0)
-        words = cut.word_ids[tokens][1:-1]
-        sentence = cut.row_sentences[row]
+        tokens = slice(cut.rows.starts[row], cut.rows.starts[row + 1])
+        words = cut.word_ids[tokens]
+        sentence = cut.rows.sentences[row]
         assert np.all((corpus.starts[sentence] <= words) & (words < corpus.starts[sentence + 1]))
-        if row:
-            before = cut.word_ids[: cut.row_starts[row]]
-            assert not np.isin(words, before).any(), "a word stands in two rows"
+        before = cut.word_ids[: cut.rows.starts[row]]
+        assert not np.isin(words, before).any(), "a word is two rows' own"
     # Every word gets a decision: its first piece's, or the default where it has none.
     decided = cut.decide_words(np.arange(len(cut.input_ids)), -7)
     assert len(decided) == corpus.num_words
@@ -179,9 +169,9 @@ def test_no_word_is_lost_however_long_the_sentence(
 def test_a_word_longer_than_a_row(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     corpus = corpus_of("the " + "-" * 200 + "/B-X Paris/B-X")
     with caplog.at_level(logging.WARNING, "bertner"):
-        dataset = tokenize(corpus, tokenizer, labels_for(corpus), max_seq_length=20)
+        dataset = tokenize(corpus, tokenizer, labels_for(corpus), Reading(max_seq_length=20))
     assert dataset.row_lengths.max() <= 20
-    assert set(dataset.word_ids) == {-1, 0, 1, 2}
+    assert set(dataset.word_ids) == {0, 1, 2}
     assert "made-up:1: a word of more than 18 pieces" in caplog.text
     assert "no word dropped" in caplog.text
 
@@ -191,15 +181,18 @@ def test_a_word_longer_than_a_row(tokenizer: Tokenizer, caplog: pytest.LogCaptur
 ARRAYS = [
     field.name
     for field in dataclasses.fields(TokenDataset)
-    if field.name not in ("source", "label_set", "pad_id")
+    if field.name not in ("rows", "source", "label_set", "cls_id", "sep_id", "pad_id")
 ]
+ROW_ARRAYS = ["starts", "before", "after", "sentences"]
 
 
 def assert_same_data(left: TokenDataset, right: TokenDataset) -> None:
-    for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
-        assert getattr(left, name).dtype == getattr(right, name).dtype, name
-    for name in ("source", "label_set", "pad_id"):
+    pairs = [(name, getattr(left, name), getattr(right, name)) for name in ARRAYS]
+    pairs += [(name, getattr(left.rows, name), getattr(right.rows, name)) for name in ROW_ARRAYS]
+    for name, ours, theirs in pairs:
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+        assert ours.dtype == theirs.dtype, name
+    for name in ("source", "label_set", "cls_id", "sep_id", "pad_id"):
         assert getattr(left, name) == getattr(right, name)
 
 
@@ -247,16 +240,15 @@ def test_preparing_in_blocks_gives_what_the_whole_corpus_gives(
             (CorpusStream, "blocks", partialmethod(CorpusStream.blocks, num_words)),
         ):
             patch.setattr(module, name, value)
-        options = {"label_all_tokens": label_all, "row_limit": limit, "max_samples": max_samples}
+        reading = Reading(label_all_tokens=label_all, max_seq_length=limit)
+        options = {"reading": reading, "max_samples": max_samples}
         if label_set is None:
             with pytest.raises(DataError, match="every tag is O"):
                 prepare(open_file(path), tokenizer, None, **options)
             return
         prepared = prepare(open_file(path), tokenizer, None, **options)
         counts = prepared.dataset.row_num_labelled
-    expected = tokenize(
-        used, tokenizer, label_set, label_all_tokens=label_all, max_seq_length=limit
-    )
+    expected = tokenize(used, tokenizer, label_set, reading)
     assert_same_data(prepared.dataset, expected)
     summary = prepared.summary
     assert (summary.source, summary.sha256) == (corpus.source, corpus.sha256)
@@ -266,7 +258,7 @@ def test_preparing_in_blocks_gives_what_the_whole_corpus_gives(
     assert summary.num_documents == used.num_documents
     assert (summary.num_sentences, summary.num_words) == (used.num_sentences, used.num_words)
     for row in range(len(expected)):
-        tokens = slice(expected.row_starts[row], expected.row_starts[row + 1])
+        tokens = slice(expected.rows.starts[row], expected.rows.starts[row + 1])
         assert counts[row] == np.count_nonzero(expected.labels[tokens] != IGNORE_INDEX)
 
 
@@ -279,16 +271,17 @@ def test_warnings_come_once_a_file(
     path = tmp_path / "corpus.txt"
     path.write_text(("Paris B-X\n\n" + "the I-X\nsaid O\n" * 9 + f"{'-' * 50} O\n\n") * 5)
     whole = read_file(path)
-    tokenize(whole, tokenizer, labels_for(whole), max_seq_length=10)
+    tokenize(whole, tokenizer, labels_for(whole), Reading(max_seq_length=10))
     expected = [record.getMessage() for record in caplog.records]
     assert [message.removeprefix(str(path)) for message in expected] == [
         ":1: 5 tags do not fit IOB1, the first is B-X on 'Paris'; read as conlleval does",
         f":21: a word of more than 8 pieces ('{'-' * 19}...); its later pieces are not read",
-        ": 5 sentences are longer than 10 tokens; cut between words into 20 rows, no word dropped",
+        ": 5 sentences are longer than 10 tokens; cut between words into 20 overlapping rows, no "
+        "word dropped",
     ]
     caplog.clear()
     monkeypatch.setattr(CorpusStream, "blocks", partialmethod(CorpusStream.blocks, 4))
-    prepared = prepare(open_file(path), tokenizer, None, row_limit=10)
+    prepared = prepare(open_file(path), tokenizer, None, reading=Reading(max_seq_length=10))
     assert [record.getMessage() for record in caplog.records] == expected
     assert list(prepared.warnings) == expected
 
@@ -301,12 +294,20 @@ def test_a_tag_that_the_labels_lack_in_a_later_block(
     monkeypatch.setattr(CorpusStream, "blocks", partialmethod(CorpusStream.blocks, 4))
     label_set = LabelSet(("O", "B-LOC", "I-LOC"))
     with pytest.raises(DataError, match=r"corpus.txt:42: B-PER \('Mary'\) is not among"):
-        prepare(open_file(path), tokenizer, label_set, row_limit=10)
+        prepare(open_file(path), tokenizer, label_set, reading=Reading(max_seq_length=10))
     # Sentences that are not used may hold what they like, as long as it is a tag.
-    prepare(open_file(path), tokenizer, label_set, row_limit=10, max_samples=20)
+    prepare(
+        open_file(path), tokenizer, label_set, reading=Reading(max_seq_length=10), max_samples=20
+    )
     path.write_text("Paris B-LOC\n\n" * 20 + "said LOC\n")
     with pytest.raises(DataError, match=r"corpus.txt:41: tag 'LOC'"):
-        prepare(open_file(path), tokenizer, label_set, row_limit=10, max_samples=20)
+        prepare(
+            open_file(path),
+            tokenizer,
+            label_set,
+            reading=Reading(max_seq_length=10),
+            max_samples=20,
+        )
 
 
 @pytest.mark.parametrize(("num_ids", "dtype"), [(65_536, np.uint16), (65_537, np.int32)])
@@ -316,7 +317,7 @@ def test_ids_are_as_narrow_as_the_vocabulary(tmp_path: Path, num_ids: int, dtype
     tokenizer = Tokenizer.from_pretrained(tmp_path, BertConfig(vocab_size=num_ids))
     dataset = tokenize(corpus_of(f"A/B-X w{num_ids - 1}"), tokenizer, LabelSet(("O", "B-X")))
     assert dataset.input_ids.dtype == dtype
-    assert dataset.input_ids.tolist() == [2, 5, num_ids - 1, 3]
+    assert dataset.input_ids.tolist() == [5, num_ids - 1]
 
 
 @pytest.mark.parametrize(("num_labels", "dtype"), [(127, np.int8), (129, np.int16)])
@@ -328,9 +329,9 @@ def test_labels_are_as_narrow_as_their_number(
     last = label_set.names[-1].removeprefix("I-")
     dataset = tokenize(corpus_of(f"Paris/B-{last} London/I-{last} the"), tokenizer, label_set)
     assert dataset.labels.dtype == dataset.word_labels.dtype == dtype
-    assert dataset.labels.tolist() == [-100, num_labels - 2, num_labels - 1, 0, -100]
+    assert dataset.labels.tolist() == [num_labels - 2, num_labels - 1, 0]
     assert dataset.word_ids.dtype == np.int32
-    assert dataset.row_starts.dtype == np.int64
+    assert dataset.rows.starts.dtype == np.int64
 
 
 @pytest.mark.parametrize("own_pages_bytes", [data._OWN_PAGES_BYTES, 400])

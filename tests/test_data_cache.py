@@ -20,7 +20,7 @@ import torch
 from bertner import data_cache
 from bertner.batches import collate
 from bertner.cli import train_main
-from bertner.config import BertConfig
+from bertner.config import BertConfig, Reading
 from bertner.data import PreparedData
 from bertner.data_cache import cache_folder, prepare_file
 from bertner.errors import DataError
@@ -30,7 +30,7 @@ from tests.conftest import CASED_VOCAB, REPOSITORY, write_conll
 from tests.test_data import ARRAYS, assert_same_data
 
 COLUMNS = {"text_column": "tokens", "label_column": "ner_tags", "label_names": None}
-SETTINGS = {"label_all_tokens": True, "row_limit": 12, "max_samples": None}
+SETTINGS = {"label_all_tokens": True, "max_seq_length": 12}
 
 
 @pytest.fixture
@@ -39,7 +39,8 @@ def prepare(conll_file: Path, tokenizer: Tokenizer) -> Callable[..., PreparedDat
 
     def prepare(path: Path = conll_file, **changes: Any) -> PreparedData:
         columns = {name: changes.pop(name, value) for name, value in COLUMNS.items()}
-        settings = {name: changes.pop(name, value) for name, value in SETTINGS.items()}
+        reading = Reading(**{name: changes.pop(name, value) for name, value in SETTINGS.items()})
+        max_samples = changes.pop("max_samples", None)
         label_set = changes.pop("label_set", None)
         return prepare_file(
             path,
@@ -47,7 +48,8 @@ def prepare(conll_file: Path, tokenizer: Tokenizer) -> Callable[..., PreparedDat
             label_set,
             name="train",
             columns=columns,
-            settings=settings,
+            reading=reading,
+            max_samples=max_samples,
         )
 
     return prepare
@@ -119,7 +121,7 @@ def rewrite(path: Path, content: str) -> dict[str, Any]:
     "change",
     [
         lambda path, folder: {"label_all_tokens": False},
-        lambda path, folder: {"row_limit": 13},
+        lambda path, folder: {"max_seq_length": 13},
         lambda path, folder: {"max_samples": 23},
         lambda path, folder: {"max_samples": 24},
         lambda path, folder: {"text_column": "words"},
@@ -235,7 +237,7 @@ def test_what_is_no_entry_gives_way(
     assert_same(prepare(), first)
     assert is_mapped(prepare())
     # The entry of other settings, put in this one's place.
-    prepare(row_limit=13)
+    prepare(max_seq_length=13)
     (other,) = set(entries(cache_folder)) - {entry}
     shutil.rmtree(entry)
     shutil.copytree(other, entry)
@@ -266,12 +268,12 @@ def test_a_cache_that_cannot_be_written(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first = prepare(row_limit=128)
+    first = prepare(max_seq_length=128)
     assert not caplog.records
     (tmp_path / "file").write_text("")
     shutil.rmtree(cache_folder)
     monkeypatch.setenv("BERTNER_CACHE", str(tmp_path / "file" / "cache"))
-    assert_same(prepare(row_limit=128), first)
+    assert_same(prepare(max_seq_length=128), first)
     (record,) = caplog.records
     assert "prepared data not kept for the next run: " in record.getMessage()
     caplog.clear()
@@ -283,7 +285,7 @@ def test_a_cache_that_cannot_be_written(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "save", full_disk)
-    assert_same(prepare(row_limit=128), first)
+    assert_same(prepare(max_seq_length=128), first)
     (record,) = caplog.records
     assert "No space left on device" in record.getMessage()
     assert entries(cache_folder) == []
@@ -311,7 +313,7 @@ def test_where_the_cache_is(
 
     monkeypatch.setattr(Path, "expanduser", homeless)
     assert cache_folder() is None
-    assert not is_mapped(prepare(row_limit=128))
+    assert not is_mapped(prepare(max_seq_length=128))
     (record,) = caplog.records
     assert "set BERTNER_CACHE" in record.getMessage()
 
@@ -322,7 +324,7 @@ def test_another_process_that_is_quicker(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first = prepare(row_limit=128)
+    first = prepare(max_seq_length=128)
     (entry,) = entries(cache_folder)
     others = shutil.copytree(entry, cache_folder.with_name("others"))
     shutil.rmtree(entry)
@@ -333,10 +335,10 @@ def test_another_process_that_is_quicker(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", rename_too_late)
-    assert_same(prepare(row_limit=128), first)
+    assert_same(prepare(max_seq_length=128), first)
     assert not caplog.records
     assert entries(cache_folder) == [entry]
-    assert is_mapped(prepare(row_limit=128))
+    assert is_mapped(prepare(max_seq_length=128))
 
 
 def test_processes_that_prepare_the_same_at_once(
@@ -345,14 +347,15 @@ def test_processes_that_prepare_the_same_at_once(
     path = write_conll(tmp_path / "larger.txt", 3000)
     code = (
         "import json, sys; from pathlib import Path\n"
-        "from bertner.config import BertConfig; from bertner.tokenizer import Tokenizer\n"
+        "from bertner.config import BertConfig, Reading; from bertner.tokenizer import Tokenizer\n"
         "from bertner.data_cache import prepare_file\n"
         "folder, path, columns, settings = sys.argv[1:]\n"
         "config = BertConfig.from_dict(json.loads((Path(folder) / 'config.json').read_text()))\n"
         "tokenizer = Tokenizer.from_pretrained(folder, config)\n"
-        "options = {'columns': json.loads(columns), 'settings': json.loads(settings)}\n"
+        "options = {'columns': json.loads(columns), 'reading': Reading(**json.loads(settings))}\n"
+        "options |= {'name': 'train', 'max_samples': None}\n"
         "for _ in range(3):\n"
-        "    found = prepare_file(path, tokenizer, None, name='train', **options)\n"
+        "    found = prepare_file(path, tokenizer, None, **options)\n"
         "    print(found.summary.num_words, int(found.dataset.labels.sum(dtype=int)))\n"
     )
     arguments = [str(model_folder), str(path), json.dumps(COLUMNS), json.dumps(SETTINGS)]

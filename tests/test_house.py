@@ -17,7 +17,7 @@ ORDER = [
     ["__init__", "errors"],
     ["config", "labels"],
     ["metrics", "files", "stopping"],
-    ["kernels", "weights", "corpus", "hub"],
+    ["kernels", "weights", "corpus", "windows", "hub"],
     ["packing", "readers", "tokenizer", "checkpoint"],
     ["attention", "hub_datasets", "data", "output_dir"],
     ["batches", "data_cache"],

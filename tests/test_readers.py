@@ -27,7 +27,7 @@ from bertner import readers
 from bertner.corpus import MAX_TYPES, Corpus, split_words
 from bertner.errors import DataError, StorageError
 from bertner.labels import B, I, O, label_list
-from bertner.readers import open_file, open_table, read_file, read_lines
+from bertner.readers import Columns, open_file, open_table, read_file, read_lines
 from tests.conftest import SAMPLE, SHARED_DATA, needs_conll
 
 Sentence = list[tuple[str, str]]  # (word, tag)
@@ -450,10 +450,13 @@ def test_a_folder_in_the_path_is_no_column(folder: Path) -> None:
     assert read(partition, "a.parquet", content).words == ["a"]
 
 
+COLUMNS = Columns("tokens", "ner_tags", None)
+
+
 def test_table_without_a_file_is_hashed_by_content() -> None:
     def corpus_of(tags: list[list[Any]], words: Sequence[str] = ("a",)) -> Corpus:
         table = pa.table({"tokens": [list(words)], "ner_tags": tags})
-        return open_table(table, "made-up[train]", "tokens", "ner_tags", ["O", "B-X"]).read()
+        return open_table(table, "made-up[train]", COLUMNS, ["O", "B-X"]).read()
 
     corpus = corpus_of([["B-X"]])
     check_invariants(corpus)
@@ -474,7 +477,7 @@ def test_strings_that_are_not_utf8(folder: Path) -> None:
     with pytest.raises(
         DataError, match=r"^made-up: column 'tokens' holds what cannot be read: .*0xff"
     ):
-        open_table(table, "made-up", "tokens", "ner_tags", None).read()
+        open_table(table, "made-up", COLUMNS, None).read()
     path = folder / "a.parquet"
     path.write_bytes(table_bytes(table))
     assert_refused(path, None, "not a readable parquet file .*UTF")

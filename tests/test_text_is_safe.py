@@ -24,7 +24,7 @@ import pytest
 from tokenizers.normalizers import BertNormalizer
 
 from bertner.cli import eval_main, train_main
-from bertner.config import BertConfig
+from bertner.config import BertConfig, Reading
 from bertner.corpus import Corpus
 from bertner.data import TokenDataset, prepare
 from bertner.data_cache import prepare_file
@@ -419,27 +419,23 @@ def check_dataset(
         text: tokenizer.encode([text]).ids[: row_limit - 2] for text in {w.text for w in words}
     }
     counts = [len(pieces[word.text]) for word in words]
-    is_piece = dataset.word_ids >= 0
-    word_ids = dataset.word_ids[is_piece]
+    word_ids = dataset.word_ids
     np.testing.assert_array_equal(word_ids, np.repeat(np.arange(len(words)), counts))
     expected_ids = list(itertools.chain.from_iterable(pieces[word.text] for word in words))
-    assert dataset.input_ids[is_piece].tolist() == expected_ids
-    assert dataset.labels[is_piece].min(initial=0) >= 0
+    assert dataset.input_ids.tolist() == expected_ids
+    assert dataset.labels.min(initial=0) >= 0
 
-    starts = dataset.row_starts
+    starts = dataset.rows.starts
     assert (starts[0], starts[-1]) == (0, len(dataset.input_ids))
-    assert np.diff(starts).min() >= 2
-    assert np.diff(starts).max() <= row_limit
-    border = np.concatenate([starts[:-1], starts[1:] - 1])
-    assert not is_piece[border].any()
-    assert np.count_nonzero(~is_piece) == len(border)
-    row_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))[is_piece]
+    assert np.diff(starts).min() >= 0
+    assert dataset.row_lengths.max() <= row_limit
+    row_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     sentence_of = np.repeat(np.arange(len(expected)), lengths)[word_ids]
-    np.testing.assert_array_equal(dataset.row_sentences[row_of], sentence_of)
-    np.testing.assert_array_equal(np.unique(dataset.row_sentences), np.arange(len(expected)))
-    assert not np.any(np.diff(row_of)[np.diff(word_ids) == 0]), "a word stands in two rows"
+    np.testing.assert_array_equal(dataset.rows.sentences[row_of], sentence_of)
+    np.testing.assert_array_equal(np.unique(dataset.rows.sentences), np.arange(len(expected)))
+    assert not np.any(np.diff(row_of)[np.diff(word_ids) == 0]), "a word is two rows' own"
 
-    decided = dataset.decide_words(np.arange(len(is_piece)), -1)
+    decided = dataset.decide_words(np.arange(len(word_ids)), -1)
     assert len(decided) == len(words)
     has_pieces = np.array(counts) > 0
     np.testing.assert_array_equal(decided >= 0, has_pieces)
@@ -467,6 +463,7 @@ def check_file(path: Path, kind: str, content: bytes, tokenizer: Tokenizer, row_
     """Reads a file and checks what comes of it: "accepted" or "refused"."""
     path.write_bytes(content)
     columns = {} if kind == "conll" else {"label_names": NAMES}
+    reading = Reading(max_seq_length=row_limit)
     start = time.process_time()
     try:
         corpus = read_file(path, **columns)
@@ -474,10 +471,10 @@ def check_file(path: Path, kind: str, content: bytes, tokenizer: Tokenizer, row_
         assert time.process_time() - start < SECONDS
         check_refusal(error, path, content)
         with pytest.raises(DataError):
-            prepare(open_file(path, **columns), tokenizer, None, row_limit=row_limit)
+            prepare(open_file(path, **columns), tokenizer, None, reading=reading)
         return "refused"
     label_set = LabelSet(tuple(label_list(corpus.type_names)))
-    prepared = prepare(open_file(path, **columns), tokenizer, label_set, row_limit=row_limit)
+    prepared = prepare(open_file(path, **columns), tokenizer, label_set, reading=reading)
     assert time.process_time() - start < SECONDS
     expected = oracle(kind, content)
     check_words(corpus, expected)
@@ -488,7 +485,7 @@ def check_file(path: Path, kind: str, content: bytes, tokenizer: Tokenizer, row_
     # As training data without labels of its own, and as data for a model that has other labels.
     for labels in (None, LabelSet(tuple(NAMES))):
         try:
-            prepare(open_file(path, **columns), tokenizer, labels, row_limit=row_limit)
+            prepare(open_file(path, **columns), tokenizer, labels, reading=reading)
         except DataError as error:
             check_refusal(error, path, content)
     return "accepted"
@@ -556,17 +553,23 @@ def test_what_is_only_odd_is_read(kind: str, tmp_path: Path, tokenizers: list[To
 @pytest.mark.parametrize("kind", ENDINGS)
 def test_mutants_from_the_cache(kind: str, tmp_path: Path, tokenizers: list[Tokenizer]) -> None:
     path, columns = tmp_path / f"mutant{ENDINGS[kind]}", {"label_names": NAMES}
-    settings = {"row_limit": 12, "label_all_tokens": False}
+    reading = Reading(label_all_tokens=False, max_seq_length=12)
     num_cached = 0
     for seed in range(40):
         path.write_bytes(make_mutant(kind, seed))
         try:
-            anew = prepare(open_file(path, **columns), tokenizers[0], None, **settings)
+            anew = prepare(open_file(path, **columns), tokenizers[0], None, reading=reading)
         except DataError:
             continue
         for _ in range(2):
             cached = prepare_file(
-                path, tokenizers[0], None, name="train", columns=columns, settings=settings
+                path,
+                tokenizers[0],
+                None,
+                name="train",
+                columns=columns,
+                reading=reading,
+                max_samples=None,
             )
             assert (cached.summary, cached.warnings) == (anew.summary, anew.warnings), seed
             assert_same_data(cached.dataset, anew.dataset)

@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from bertner.batches import pack
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset
 from bertner.loop import StepReport, dropout_seed
@@ -48,12 +49,13 @@ class Losses:
 def rows_for_trainer(dataset: TokenDataset) -> list[dict[str, list[int]]]:
     """The rows as lists, the form that the data collator takes."""
     rows = []
-    for begin, end in zip(dataset.row_starts[:-1], dataset.row_starts[1:], strict=True):
+    for row in range(len(dataset)):
+        batch = pack(dataset, [row], torch.device("cpu"))
         rows.append(
             {
-                "input_ids": dataset.input_ids[begin:end].tolist(),
-                "attention_mask": [1] * int(end - begin),
-                "labels": dataset.labels[begin:end].tolist(),
+                "input_ids": batch.input_ids.tolist(),
+                "attention_mask": [1] * len(batch.input_ids),
+                "labels": batch.labels.tolist(),
             }
         )
     return rows
