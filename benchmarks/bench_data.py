@@ -35,7 +35,7 @@ import torch
 
 from benchmarks.common import MINILM, seconds_of
 from benchmarks.machine import write_result
-from bertner.batches import pack, steps_from
+from bertner.batches import Schedule, pack
 from bertner.config import BertConfig, Reading, TrainConfig
 from bertner.data import prepare
 from bertner.data_cache import prepare_file
@@ -157,7 +157,7 @@ def child(path: Path) -> None:
 
     start = time.perf_counter()
     config = TrainConfig(per_device_train_batch_size=BATCH_SIZE)
-    steps = list(itertools.islice(steps_from(0, len(dataset), config), NUM_BATCHES))
+    steps = list(itertools.islice(Schedule(dataset.row_lengths, config).steps_from(0), NUM_BATCHES))
     epoch_start = time.perf_counter() - start
     start = time.perf_counter()
     for _, (rows,) in steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -187,27 +188,81 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> IntArray:
     return torch.randperm(num_rows, generator=generator).numpy()
 
 
-def steps_from(
-    first: int, num_rows: int, config: TrainConfig
-) -> Iterator[tuple[int, list[IntArray]]]:
-    """Yields each optimizer step from `first` (from 0) on, without end: the rows of its batches.
+class Schedule:
+    """Which rows each optimizer step of a run takes: a pure function of the settings and the data.
 
-    Args:
-        first: The first step; what comes before it is not computed.
-        num_rows: Rows in the training data.
-        config: Seed, batch size and accumulation.
-
-    Yields:
-        The step, and for each of its micro-batches the rows.
+    Attributes:
+        num_micro_batches: In an epoch.
+        steps_per_epoch: Optimizer steps in one pass over the data.
+        total_steps: Optimizer steps of the whole run.
+        warmup_steps: How many of them are warmup.
     """
-    batch_size = config.per_device_train_batch_size
-    accumulation = config.gradient_accumulation_steps
-    epoch, position = divmod(first, config.steps_per_epoch(num_rows))
-    step = first
-    while True:
-        order = epoch_order(num_rows, config.seed, epoch)
-        micro_batches = [order[i : i + batch_size] for i in range(0, num_rows, batch_size)]
-        for i in range(position * accumulation, len(micro_batches), accumulation):
-            yield step, micro_batches[i : i + accumulation]
-            step += 1
-        epoch, position = epoch + 1, 0
+
+    def __init__(self, row_lengths: IntArray, config: TrainConfig) -> None:
+        """Counts the steps.
+
+        Args:
+            row_lengths: (num_rows,) tokens that each row of the training data reads.
+            config: Batch sizes, accumulation, length of the run, seed.
+        """
+        self._lengths = row_lengths
+        self._config = config
+        num_rows = len(row_lengths)
+        if config.train_batch_tokens is None:
+            self.num_micro_batches = math.ceil(num_rows / config.per_device_train_batch_size)
+        else:
+            num_tokens = int(row_lengths.sum(dtype=np.int64))
+            wanted = math.ceil(num_tokens / config.train_batch_tokens)
+            self.num_micro_batches = min(wanted, num_rows)
+        self.steps_per_epoch = math.ceil(
+            self.num_micro_batches / config.gradient_accumulation_steps
+        )
+        self.total_steps = config.max_steps
+        if config.max_steps == -1:
+            self.total_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.warmup_steps = config.resolved_warmup_steps(self.total_steps)
+
+    def micro_batches(self, epoch: int) -> list[IntArray]:
+        """The rows of each micro-batch of an epoch (from 0), in order."""
+        num_rows = len(self._lengths)
+        order = epoch_order(num_rows, self._config.seed, epoch)
+        if self._config.train_batch_tokens is None:
+            size = self._config.per_device_train_batch_size
+            borders: IntArray = np.arange(size, num_rows, size)
+        else:
+            borders = _even_borders(self._lengths[order], self.num_micro_batches)
+        return np.split(order, borders)
+
+    def steps_from(self, first: int) -> Iterator[tuple[int, list[IntArray]]]:
+        """Yields each optimizer step from `first` (from 0) on, without end.
+
+        Args:
+            first: The first step; what comes before it is not computed.
+
+        Yields:
+            The step, and for each of its micro-batches the rows.
+        """
+        accumulation = self._config.gradient_accumulation_steps
+        epoch, position = divmod(first, self.steps_per_epoch)
+        step = first
+        while True:
+            micro_batches: list[IntArray] = self.micro_batches(epoch)
+            for i in range(position * accumulation, len(micro_batches), accumulation):
+                yield step, micro_batches[i : i + accumulation]
+                step += 1
+            epoch, position = epoch + 1, 0
+
+
+def _even_borders(lengths: IntArray, num_parts: int) -> IntArray:
+    """Where to split rows so that the parts have like numbers of tokens; none is empty.
+
+    So that all epochs have as many steps, whatever their order; filling up batch after batch
+    would not give that.
+    """
+    ends: IntArray = np.cumsum(lengths, dtype=np.int64)
+    part: IntArray = np.arange(1, num_parts)
+    # A row is in the part in which its middle lies.
+    middles, wanted = 2 * ends - lengths, 2 * ends[-1] * part / num_parts
+    borders: IntArray = np.maximum(np.searchsorted(middles, wanted), part)
+    borders = np.maximum.accumulate(borders - part) + part
+    return np.minimum(borders, len(lengths) - num_parts + part)

@@ -323,6 +323,9 @@ class TrainConfig:
     per_device_train_batch_size: int = _option(
         8, "sentences in a micro-batch", aliases="train_batch_size"
     )
+    train_batch_tokens: int | None = _option(
+        None, "tokens in a micro-batch, about, in place of a number of sentences"
+    )
     per_device_eval_batch_size: int = _option(
         8,
         "sentences over which eval_loss_batch_mean averages; with --no-packing the batch itself",
@@ -374,7 +377,7 @@ class TrainConfig:
             self._check_type(item)
         at_least = {
             1: "per_device_train_batch_size per_device_eval_batch_size eval_batch_tokens "
-            "gradient_accumulation_steps "
+            "train_batch_tokens gradient_accumulation_steps "
             "logging_steps eval_steps save_steps save_total_limit max_train_samples "
             "max_eval_samples",
             0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
@@ -454,17 +457,6 @@ class TrainConfig:
     def train_source(self) -> str:
         """Name of the training data: the file or the Hub dataset."""
         return self.train_file or self.dataset_name or "conll2003"
-
-    def steps_per_epoch(self, num_rows: int) -> int:
-        """Optimizer steps in one pass over `num_rows` rows."""
-        micro_batches = math.ceil(num_rows / self.per_device_train_batch_size)
-        return math.ceil(micro_batches / self.gradient_accumulation_steps)
-
-    def total_steps(self, num_rows: int) -> int:
-        """Optimizer steps of the whole run over `num_rows` training rows."""
-        if self.max_steps > 0:
-            return self.max_steps
-        return math.ceil(self.num_train_epochs * self.steps_per_epoch(num_rows))
 
     def resolved_warmup_steps(self, total_steps: int) -> int:
         """Steps of warmup: `warmup_steps`, or else `warmup_ratio` of the whole run."""

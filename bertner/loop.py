@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bertner import kernels
-from bertner.batches import collate, pack, steps_from
+from bertner.batches import Schedule, collate, pack
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset
 from bertner.errors import NotFiniteError
@@ -89,18 +89,16 @@ def train(
     device = model.device
     parameters = list(model.parameters())
     optimizer = build_optimizer(model, config)
-    total_steps = config.total_steps(len(dataset))
-    warmup_steps = config.resolved_warmup_steps(total_steps)
-    progress = Progress(
-        config, model, optimizer, len(dataset), evaluation, watcher, save, should_stop
-    )
+    schedule = Schedule(dataset.row_lengths, config)
+    total_steps, warmup_steps = schedule.total_steps, schedule.warmup_steps
+    progress = Progress(config, model, optimizer, schedule, evaluation, watcher, save, should_stop)
     if state is not None:
         progress.carry_on(state)
     model.train()
     make_batch, norm_of = (pack, gradient_norm) if config.packing else (collate, _reference_norm)
 
     with _short_ways(model, config):
-        for step, micro_batches in steps_from(progress.step, len(dataset), config):
+        for step, micro_batches in schedule.steps_from(progress.step):
             if step == total_steps or progress.stopped:
                 break
             optimizer.zero_grad()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from bertner.batches import Schedule
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset
 from bertner.errors import CheckpointError, NotFiniteError, UsageError
@@ -133,7 +134,7 @@ class Progress:
         config: TrainConfig,
         model: BertForNER,
         optimizer: AdamW,
-        num_rows: int,
+        schedule: Schedule,
         evaluation: TokenDataset | None,
         watcher: Watcher | None,
         save: Save | None,
@@ -144,8 +145,8 @@ class Progress:
         self.config = config
         self.model = model
         self.optimizer = optimizer
-        self.total_steps = config.total_steps(num_rows)
-        self.steps_per_epoch = config.steps_per_epoch(num_rows)
+        self.total_steps = schedule.total_steps
+        self.steps_per_epoch = schedule.steps_per_epoch
         self.dataset = evaluation
         self.watcher = watcher
         self.save = save

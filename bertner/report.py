@@ -47,6 +47,7 @@ class RunReport:
 
     Attributes:
         rows: The table's rows so far, as printed.
+        total_steps: Of the run.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class RunReport:
             CheckpointError: `state` is none.
         """
         self.rows: list[tuple[str, ...]] = []
+        self.total_steps = total_steps
         self.logging_steps = logging_steps
         self.show_bars = show_bars
         self.window_loss = 0.0

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bertner import kernels
+from bertner.batches import Schedule
 from bertner.card import RunFacts, model_card
 from bertner.checkpoint import (
     WEIGHTS,
@@ -82,7 +83,7 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
         if start.finished:
             say(f"{output_dir} holds just this run, and it is finished: nothing to do.")
             return
-        total_steps = config.total_steps(len(parts.datasets["train"]))
+        total_steps = Schedule(parts.datasets["train"].row_lengths, config).total_steps
         announce(config, parts, total_steps)
         # From here on there is something to lose; before, a signal ends the process as usual.
         stop = stack.enter_context(StopSignals())
@@ -175,8 +176,8 @@ class _Run:
         """Trains, evaluates and writes the results; asked to stop, leaves a checkpoint."""
         train_data = self.parts.datasets["train"]
         if self.start.checkpoint is None:
-            total_steps = self.config.total_steps(len(train_data))
-            self.report.event("start", {"total_steps": total_steps, "num_rows": len(train_data)})
+            facts = {"total_steps": self.report.total_steps, "num_rows": len(train_data)}
+            self.report.event("start", facts)
         result = train(
             self.parts.model,
             train_data,

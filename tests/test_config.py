@@ -236,6 +236,8 @@ def _values_of(item: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         return st.just("sdpa")  # eager is for padded rows alone
     if item.name == "matmul":
         return st.sampled_from(["auto", "default"])  # onednn for packed ones
+    if item.name == "window_overlap":
+        return st.sampled_from([None, 0])  # at most half of the longest row
     if item.metadata["choices"]:
         return st.sampled_from(item.metadata["choices"])
     kind = str(item.type)
@@ -303,6 +305,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"max_steps": 1.0}, "max_steps must be int"),
     ({"max_steps": -(2**63)}, "max_steps must be below"),
     *[({"max_seq_length": value}, "max_seq_length must be at least 3") for value in (2, 0, -1)],
+    ({"max_seq_length": 20, "window_overlap": 10}, "window_overlap 10 .*; use at most 9"),
+    *[({name: -1}, name) for name in ("window_overlap", "context_tokens", "train_batch_tokens")],
     *[({"seed": value}, "seed") for value in (-1, 1.5, 2**64)],
     *[({"warmup_steps": value}, "warmup_steps") for value in (-1, 0.5)],
     ({"warmup_ratio": 1.01}, "warmup_ratio must be between 0 and 1"),
@@ -353,38 +357,6 @@ def test_train_config_accepts(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_recipes_are_valid(recipe: str) -> None:
     TrainConfig.from_dict(RECIPES[recipe])
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "accumulation", "num_rows", "expected"),
-    [
-        (8, 1, 14041, 1756),  # the card's; its last batch holds one sentence
-        (8, 1, 8, 1),
-        (8, 1, 9, 2),
-        (8, 1, 1, 1),
-        (8, 4, 14041, 439),
-        (8, 4, 32, 1),
-        (8, 4, 33, 2),
-        (1, 1, 7, 7),
-        (32, 100, 50, 1),
-    ],
-)
-def test_steps_per_epoch(batch_size: int, accumulation: int, num_rows: int, expected: int) -> None:
-    config = TrainConfig(
-        per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation
-    )
-    assert config.steps_per_epoch(num_rows) == expected
-
-
-def test_total_steps() -> None:
-    assert TrainConfig().total_steps(14041) == 5268  # as in the card
-    assert TrainConfig(num_train_epochs=1).total_steps(14041) == 1756
-    assert TrainConfig(num_train_epochs=0.5).total_steps(14041) == 878
-    assert TrainConfig(num_train_epochs=0.0001).total_steps(14041) == 1
-    assert TrainConfig(num_train_epochs=1.5).total_steps(17) == 5  # ceil(1.5 * 3)
-    assert TrainConfig(max_steps=7).total_steps(14041) == 7
-    assert TrainConfig(max_steps=7, num_train_epochs=0).total_steps(1) == 7
-    assert TrainConfig(gradient_accumulation_steps=4).total_steps(14041) == 3 * 439
 
 
 def test_warmup_steps() -> None:

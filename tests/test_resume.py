@@ -104,8 +104,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(
 # What a resume has to get right, left out: see that the test above would notice.
 NO_SEED = "bertner.kernels.seed_dropout = lambda seed, device: None"
 NEXT_STEP = """
-steps = bertner.loop.steps_from
-bertner.loop.steps_from = lambda first, *rest: steps(first + (first > 0), *rest)
+steps = bertner.loop.Schedule.steps_from
+bertner.loop.Schedule.steps_from = lambda self, first: steps(self, first + (first > 0))
 """
 FRESH_AVERAGES = "bertner.progress.load_named_state = lambda *args: None"
 

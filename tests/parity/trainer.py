@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bertner.batches import pack
+from bertner.batches import Schedule, pack
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset
 from bertner.loop import StepReport, dropout_seed
@@ -111,7 +111,7 @@ def train_with_trainer(
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         weight_decay=config.weight_decay,
-        warmup_steps=config.resolved_warmup_steps(config.total_steps(len(dataset))),
+        warmup_steps=Schedule(dataset.row_lengths, config).warmup_steps,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
