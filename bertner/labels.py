@@ -23,7 +23,10 @@ _PREFIXES = {"B": B, "I": I, "E": E, "L": E, "S": S, "U": S}
 
 CONLL_TYPES = ("PER", "ORG", "LOC", "MISC")  # in the order of the CoNLL-2003 label list
 
+SCHEMES = ("BIOES", "IOB2", "IOB1")
+
 IntArray = NDArray[np.integer]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,46 @@ class LabelSet:
             ],
             dtype=np.int16,
         )
+
+    @cached_property
+    def scheme(self) -> str:
+        """The scheme that the names speak for: "BIOES", "IOB2" or "IOB1".
+
+        It is BIOES if there is an E or S. If not, a type that has I but no B speaks against IOB2,
+        and one that has B but no I against IOB1; on a tie it is IOB2. So `O, I-X` is IOB1 and
+        `O, B-X` IOB2, and so is a list where each type has both, though IOB1 may have it too.
+        """
+        if np.any(self.prefix_of >= E):
+            return "BIOES"
+        begun = set(self.type_of[self.prefix_of == B].tolist())
+        inside = set(self.type_of[self.prefix_of == I].tolist())
+        return "IOB1" if len(inside - begun) > len(begun - inside) else "IOB2"
+
+    def transitions(self, scheme: str | None = None) -> BoolArray:
+        """(num_labels, num_labels) whether [before, after] may stand side by side in a sentence.
+
+        A label may begin a sentence if it may follow O, and end one if O may follow it. So a
+        sentence is legal if and only if `scheme_exceptions` reports none of its words.
+
+        Args:
+            scheme: "BIOES", "IOB2" or "IOB1"; None is the one that the names speak for.
+
+        Raises:
+            ValueError: There is no such scheme.
+        """
+        scheme = self.scheme if scheme is None else scheme
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme {reprlib.repr(scheme)} is none of {', '.join(SCHEMES)}")
+        before, after = self.prefix_of[:, None], self.prefix_of
+        same_type = self.type_of[:, None] == self.type_of
+        if scheme == "BIOES":
+            is_open = (before == B) | (before == I)
+            goes_on = (after == I) | (after == E)
+            allowed: BoolArray = np.where(is_open, goes_on & same_type, ~goes_on)
+        else:
+            free = after != (I if scheme == "IOB2" else B)
+            allowed = (before < E) & (after < E) & (free | same_type)
+        return allowed
 
     def spans(self, labels: IntArray, starts: IntArray) -> Spans:
         """Entities in flat `labels` (num_words,); sentences begin at `starts`."""

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 ORDER = [
     ["__init__", "errors"],
     ["config", "labels"],
-    ["metrics", "files", "stopping"],
+    ["metrics", "files", "stopping", "decoding"],
     ["kernels", "weights", "corpus", "windows", "hub"],
     ["packing", "readers", "tokenizer", "checkpoint"],
     ["attention", "hub_datasets", "data", "output_dir"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
 
 from bertner.labels import (
+    SCHEMES,
     B,
     E,
     I,
@@ -22,6 +24,7 @@ from bertner.labels import (
     detect_scheme,
     find_spans,
     label_list,
+    scheme_exceptions,
     split_tag,
     to_iob2,
 )
@@ -150,15 +153,15 @@ def render(layout: Layout, scheme: str) -> Sentences:
     return sentences
 
 
-SCHEMES = {"IOB1": "IOB1", "IOB2": "IOB2", "BIOES": "BIOES", "BIOLU": "BIOES"}
+SPELLINGS = {"IOB1": "IOB1", "IOB2": "IOB2", "BIOES": "BIOES", "BIOLU": "BIOES"}
 
 
 @many
-@given(layouts, st.sampled_from(sorted(SCHEMES)))
+@given(layouts, st.sampled_from(sorted(SPELLINGS)))
 def test_each_scheme_is_known_and_becomes_iob2(layout: Layout, spelling: str) -> None:
     prefixes, types, starts = arrays(render(layout, spelling))
     scheme = detect_scheme(prefixes, types, starts)
-    assert scheme.name == (SCHEMES[spelling] if any(layout) else "IOB2")
+    assert scheme.name == (SPELLINGS[spelling] if any(layout) else "IOB2")
     assert scheme.irregular.tolist() == []
 
     converted = to_iob2(prefixes, types, starts)
@@ -299,3 +302,78 @@ def test_label_set() -> None:
 def test_label_set_refuses_names_that_are_no_tags() -> None:
     with pytest.raises(ValueError, match="LABEL_0"):
         _ = LabelSet(("LABEL_0", "LABEL_1")).types
+
+
+ALL_LABELS = LabelSet(("O", *(f"{prefix}-{kind}" for prefix in "BIESLU" for kind in "XY")))
+
+
+def assert_transitions_agree(sentences: Sentences) -> None:
+    """A sentence has only allowed transitions just where `scheme_exceptions` reports nothing."""
+    prefixes, types, starts = arrays(sentences)
+    exceptions = scheme_exceptions(prefixes, types, starts)
+    for scheme in SCHEMES:
+        allowed = ALL_LABELS.transitions(scheme)
+        for sentence, start in zip(sentences, starts, strict=True):
+            labels = [ALL_LABELS.index[tag] for tag in ["O", *sentence, "O"]]
+            words = range(start, start + len(sentence))
+            irregular = set(words) & set(exceptions[scheme].tolist())
+            legal = all(allowed[before, after] for before, after in itertools.pairwise(labels))
+            assert legal == (not irregular), (scheme, sentence)
+
+
+@many
+@given(st.sampled_from(["BI", "BIES", "BILU", "BIESLU"]).flatmap(corpora))
+def test_transitions_are_those_without_exceptions(sentences: Sentences) -> None:
+    assert_transitions_agree(sentences)
+
+
+def test_transitions_are_those_without_exceptions_in_every_short_sentence() -> None:
+    for length in range(4):
+        assert_transitions_agree(
+            [list(s) for s in itertools.product(ALL_LABELS.names[:9], repeat=length)]
+        )
+
+
+@pytest.mark.parametrize(
+    ("names", "scheme", "transitions"),
+    [
+        ("O B-X I-X", "IOB2", [[1, 1, 0], [1, 1, 1], [1, 1, 1]]),
+        ("O B-X I-X", "IOB1", [[1, 0, 1], [1, 1, 1], [1, 1, 1]]),
+        ("O B-X I-X", "BIOES", [[1, 1, 0], [0, 0, 1], [0, 0, 1]]),
+        ("O B-X E-X", "BIOES", [[1, 1, 0], [0, 0, 1], [1, 1, 0]]),
+        ("O S-X I-X", "IOB2", [[1, 0, 0], [0, 0, 0], [1, 0, 1]]),  # S has no place in it
+        ("O I-X I-Y", "IOB2", [[1, 0, 0], [1, 1, 0], [1, 0, 1]]),
+    ],
+)
+def test_transitions_by_hand(names: str, scheme: str, transitions: list[list[int]]) -> None:
+    allowed = LabelSet(tuple(names.split())).transitions(scheme)
+    assert allowed.astype(int).tolist() == transitions
+
+
+@pytest.mark.parametrize(
+    ("names", "scheme"),
+    [
+        ("O B-X I-X", "IOB2"),
+        ("O B-X B-Y", "IOB2"),  # only entities of one word
+        ("O I-X I-Y", "IOB1"),  # no two entities side by side
+        ("O B-X I-X I-Y", "IOB1"),
+        ("O B-X I-X B-Y", "IOB2"),
+        ("O B-X I-Y", "IOB2"),
+        ("O B-X B-Y B-Z I-X I-V", "IOB2"),
+        ("O B-X I-X I-Y I-Z B-V", "IOB1"),
+        ("O", "IOB2"),
+        ("O B-X I-X E-X S-X", "BIOES"),
+        ("O B-X I-X L-X U-X", "BIOES"),
+        ("O B-X I-X E-X S-X I-Y", "BIOES"),
+        ("O S-X", "BIOES"),
+    ],
+)
+def test_scheme_of_a_label_list(names: str, scheme: str) -> None:
+    labels = LabelSet(tuple(names.split()))
+    assert labels.scheme == scheme
+    np.testing.assert_array_equal(labels.transitions(), labels.transitions(scheme))
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(ValueError, match="'BILOU' is none of BIOES, IOB2, IOB1"):
+        LabelSet(("O",)).transitions("BILOU")
