@@ -161,6 +161,8 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
             default=8,
             help="sentences over which the Trainer's eval_loss averages (default: 8)",
         )
+        _add_fields(parser, _DECIDING, "as trained")
+        _add_fields(parser, ["context", "context_unit", "context_tokens"], "as trained")
         _add_machine_flags(parser)
         parser.add_argument("--label_names", help="names of integer tags: O,B-PER,I-PER")
         parser.add_argument("--text_column_name", default="tokens")
@@ -187,6 +189,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--model", "--model_name_or_path", required=True)
         parser.add_argument("files", nargs="*", metavar="FILE", help="default: standard input")
+        _add_fields(parser, _DECIDING, "as trained")
         _add_machine_flags(parser)
         options = parser.parse_args(arguments)
         from bertner.run import run_prediction
@@ -196,17 +199,38 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
     return _guarded("bertner-predict", command)
 
 
-def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `TrainConfig` that also say how a trained model is computed."""
+# What a trained model may also be told of how it reads and decides.
+_DECIDING = ["max_seq_length", "window_overlap", "word_decision", "decoding"]
+
+
+def _add_fields(
+    parser: argparse.ArgumentParser, names: Sequence[str], default: str | None = None
+) -> None:
+    """Flags of `TrainConfig` that other commands have too.
+
+    Args:
+        parser: Gets the flags.
+        names: Of the fields.
+        default: What is said to hold where a flag is not given, and then is None; None for the
+            field's own default.
+    """
     fields = {item.name: item for item in dataclasses.fields(TrainConfig)}
-    for name in ("device", "dtype", "matmul"):
+    for name in names:
         item = fields[name]
+        kind = int if str(item.type).startswith("int") else str
+        shown = item.metadata["help"].split(" (default")[0]
         parser.add_argument(
             f"--{name}",
-            default=item.default,
+            type=kind,
+            default=item.default if default is None else None,
             choices=item.metadata["choices"] or None,
-            help=f"{item.metadata['help']} (default: {item.default})",
+            help=f"{shown} (default: {default or item.default})",
         )
+
+
+def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """How a trained model is computed."""
+    _add_fields(parser, ["device", "dtype", "matmul"])
     parser.add_argument(
         "--batch_tokens",
         type=_positive,

@@ -30,7 +30,58 @@ ACTIVATIONS = (
 # or whose size is past all numbers.
 _MAX_SIZE = 1 << 24
 _MAX_LAYERS = 128
+# Where a config.json says how the model was trained to read; nobody else looks there.
+_READING = "bertner_reading"
 _MAX_LABELS = (1 << 15) - 1  # they are kept in 16 bits
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads text: what a row is, which wordpieces carry a label.
+
+    A model folder says how its model was trained to read, so that scores and predictions are made
+    in the same way.
+
+    Attributes:
+        label_all_tokens: Whether every wordpiece of a word carries its label, or only the first.
+        max_seq_length: Longest row in tokens; None for the model's own limit.
+        window_overlap: Tokens that neighbouring rows of a long sentence share; None for a quarter
+            of the row.
+        context: "none", or "document" for rows that read neighbouring sentences too.
+        context_unit: What a row is about: "sentence", or "window" for as many whole sentences of a
+            document as it holds.
+        context_tokens: Most tokens that a row reads on each side of what it is about.
+        word_decision: What decides a word: its "first" wordpiece, or "all" of them together.
+        decoding: "argmax" for each word's best label, or "viterbi" for the best sequence of labels
+            that the tag scheme allows.
+    """
+
+    label_all_tokens: bool = True
+    max_seq_length: int | None = None
+    window_overlap: int | None = None
+    context: str = "none"
+    context_unit: str = "window"
+    context_tokens: int = 0
+    word_decision: str = "first"
+    decoding: str = "argmax"
+
+    def overlap(self, limit: int) -> int:
+        """Tokens that neighbouring rows of a long sentence share.
+
+        Args:
+            limit: Most tokens in a row, without special tokens.
+
+        Raises:
+            UsageError: Rows would share more than half of their tokens.
+        """
+        if self.window_overlap is None:
+            return limit // 4
+        if self.window_overlap > limit // 2:
+            raise UsageError(
+                f"window_overlap {self.window_overlap} is more than half of a row, which has "
+                f"{limit} tokens besides [CLS] and [SEP]; use at most {limit // 2}"
+            )
+        return self.window_overlap
 
 
 @dataclass(frozen=True)
@@ -41,6 +92,7 @@ class BertConfig:
         classifier_dropout: Dropout before the head; None means `hidden_dropout_prob`.
         pad_token_id: Its row of the word embeddings gets no gradient; None for no such row.
         id2label: Name of each label, in order; its length is the number of labels.
+        reading: How the model was trained to read; None if bertner has not trained it.
     """
 
     vocab_size: int = 30522
@@ -58,6 +110,7 @@ class BertConfig:
     pad_token_id: int | None = 0
     classifier_dropout: float | None = None
     id2label: Mapping[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         for name in [
@@ -161,7 +214,7 @@ class BertConfig:
                 "only 'absolute' is",
                 path,
             )
-        known = {item.name for item in dataclasses.fields(cls)} - {"id2label"}
+        known = {item.name for item in dataclasses.fields(cls)} - {"id2label", "reading"}
         shape = {name: values[name] for name in known if name in values}
         try:
             labels = values.get("id2label")
@@ -170,7 +223,11 @@ class BertConfig:
                 _check_integer("num_labels", count, minimum=1, maximum=_MAX_LABELS)
                 labels = {label: f"LABEL_{label}" for label in range(count)}
             shape["id2label"] = {int(label): str(name) for label, name in labels.items()}
+            if (reading := values.get(_READING)) is not None:
+                shape["reading"] = TrainConfig.from_dict(dict(reading)).reading
             return cls(**shape)
+        except UsageError as error:
+            raise ModelError(f"{_READING}: {error}", path) from None
         except ModelError as error:
             raise ModelError(str(error), path) from None
         except (TypeError, ValueError, AttributeError) as error:
@@ -179,6 +236,7 @@ class BertConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of a `config.json` that `transformers` opens as a token classifier."""
         values = dataclasses.asdict(self)
+        reading = values.pop("reading")
         values["id2label"] = {str(label): name for label, name in enumerate(self.label_names)}
         values["label2id"] = {name: label for label, name in enumerate(self.label_names)}
         return {
@@ -187,6 +245,7 @@ class BertConfig:
             "position_embedding_type": "absolute",
             "dtype": "float32",
             **values,
+            **({} if reading is None else {_READING: reading}),
         }
 
 
@@ -204,50 +263,6 @@ def _check_integer(name: str, value: object, minimum: int, maximum: int) -> None
         raise ModelError(f"{name} must be an integer >= {minimum}, not {value!r}")
     if value > maximum:
         raise ModelError(f"{name} must be at most {maximum:,}, not {value}")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a model reads text: what a row is, which wordpieces carry a label.
-
-    A model folder says how its model was trained to read, so that scores and predictions are made
-    in the same way.
-
-    Attributes:
-        label_all_tokens: Whether every wordpiece of a word carries its label, or only the first.
-        max_seq_length: Longest row in tokens; None for the model's own limit.
-        window_overlap: Tokens that neighbouring rows of a long sentence share; None for a quarter
-            of the row.
-        context: "none", or "document" for rows that read neighbouring sentences too.
-        context_unit: What a row is about: "sentence", or "window" for as many whole sentences of a
-            document as it holds.
-        context_tokens: Most tokens that a row reads on each side of what it is about.
-    """
-
-    label_all_tokens: bool = True
-    max_seq_length: int | None = None
-    window_overlap: int | None = None
-    context: str = "none"
-    context_unit: str = "window"
-    context_tokens: int = 0
-
-    def overlap(self, limit: int) -> int:
-        """Tokens that neighbouring rows of a long sentence share.
-
-        Args:
-            limit: Most tokens in a row, without special tokens.
-
-        Raises:
-            UsageError: Rows would share more than half of their tokens.
-        """
-        if self.window_overlap is None:
-            return limit // 4
-        if self.window_overlap > limit // 2:
-            raise UsageError(
-                f"window_overlap {self.window_overlap} is more than half of a row, which has "
-                f"{limit} tokens besides [CLS] and [SEP]; use at most {limit // 2}"
-            )
-        return self.window_overlap
 
 
 def _option(default: Any, help: str, aliases: str = "", choices: str = "") -> Any:
@@ -311,6 +326,16 @@ class TrainConfig:
     )
     context_tokens: int = _option(
         0, "with context, tokens that a row reads on each side of what it is about"
+    )
+    word_decision: str = _option(
+        "first",
+        "what decides a word: its first wordpiece, or all of them together",
+        choices="first all",
+    )
+    decoding: str = _option(
+        "argmax",
+        "each word's best label, or the best sequence of labels that the tag scheme allows",
+        choices="argmax viterbi",
     )
     data_cache: bool = _option(
         True, "keep prepared data files for the next run in $BERTNER_CACHE or ~/.cache/bertner"
@@ -422,6 +447,11 @@ class TrainConfig:
             )
         if not self.packing and self.matmul == "onednn":
             raise UsageError("matmul onednn is for packed rows; leave out --no-packing")
+        if self.word_decision == "all" and not self.label_all_tokens:
+            raise UsageError(
+                "word_decision all needs label_all_tokens: otherwise nothing trains the wordpieces "
+                "after a word's first"
+            )
         if self.max_seq_length is not None:
             self.reading.overlap(self.max_seq_length - 2)
         if self.load_best_model_at_end and self.eval_strategy == "no":

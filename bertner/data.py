@@ -65,6 +65,7 @@ class TokenDataset:
         sentence_lines: (num_sentences,) line or record at which each sentence begins.
         documents: (num_sentences,) number of the document that each sentence is in.
         rows: Which tokens are read together.
+        reading: How the rows came about, and how words are decided.
         source: File or dataset, as named in messages.
         label_set: What the label ids mean.
         cls_id: Id that begins a row.
@@ -81,6 +82,7 @@ class TokenDataset:
     sentence_lines: IntArray
     documents: IntArray
     rows: Rows
+    reading: Reading
     source: str
     label_set: LabelSet
     cls_id: int
@@ -279,7 +281,7 @@ def prepare_tokens(
     *,
     label_all_tokens: bool,
     row_limit: int,
-    max_samples: int | None,
+    max_samples: int | None = None,
 ) -> PreparedData:
     """`prepare`, up to the division into rows: each sentence is one, however long.
 
@@ -326,7 +328,7 @@ def with_rows(prepared: PreparedData, tokenizer: Tokenizer, reading: Reading) ->
     if reading.context != "none" and not summary.marks_documents:
         raise DataError(
             "does not say where documents begin, which --context document needs: add -DOCSTART- "
-            "lines, or a document_id column, or leave --context out",
+            "lines or a document_id column (--document_column_name), or give --context none",
             summary.source,
         )
     dataset, warnings = divide(prepared.dataset, tokenizer, reading)
@@ -355,7 +357,7 @@ def divide(
             f"between words into {rows.num_parts} overlapping rows, no word dropped"
         )
         logger.warning("%s", warnings[0])
-    return dataclasses.replace(dataset, rows=rows), warnings
+    return dataclasses.replace(dataset, rows=rows, reading=reading), warnings
 
 
 class _GrowingArray:
@@ -550,6 +552,7 @@ class _DatasetBuilder:
             sentence_lines=self._sentence_lines.take(),
             documents=self._documents.take(),
             rows=sentence_rows(token_starts),
+            reading=CARD_READING,
             source=self.source,
             label_set=label_set,
             cls_id=self._tokenizer.cls_id,

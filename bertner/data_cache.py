@@ -25,7 +25,14 @@ import numpy as np
 from bertner import __version__
 from bertner.config import Reading
 from bertner.corpus import CorpusSummary
-from bertner.data import PreparedData, TokenDataset, labels_for, prepare_tokens, with_rows
+from bertner.data import (
+    CARD_READING,
+    PreparedData,
+    TokenDataset,
+    labels_for,
+    prepare_tokens,
+    with_rows,
+)
 from bertner.labels import LabelSet
 from bertner.readers import file_format, hash_file, open_file
 from bertner.tokenizer import Tokenizer
@@ -189,6 +196,7 @@ def _load(
     dataset = TokenDataset(
         **arrays,
         rows=sentence_rows(arrays["sentence_token_starts"]),
+        reading=CARD_READING,
         source=source,
         label_set=label_set or labels_for(summary),
         cls_id=tokenizer.cls_id,

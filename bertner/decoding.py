@@ -52,6 +52,28 @@ def is_legal(
     return legal
 
 
+def stranded_types(label_set: LabelSet, scheme: str | None = None) -> list[str]:
+    """The entity types that no legal sequence has: of them `repair` would leave nothing.
+
+    Such is every type of a list like `O, I-X, E-X`, which is of none of the schemes.
+
+    Args:
+        label_set: The labels.
+        scheme: See `LabelSet.transitions`.
+    """
+    allowed, outside = label_set.transitions(scheme), label_set.outside
+    usable = np.ones(len(label_set.names), dtype=bool)
+    for steps in (allowed, allowed.T):  # from O to the label, and from the label to O
+        found = np.zeros_like(usable)
+        reached = steps[outside]
+        while np.any(reached & ~found):
+            found |= reached
+            reached = steps[found].any(axis=0)
+        usable &= found
+    kept = set(label_set.type_of[usable].tolist())
+    return [name for kind, name in enumerate(label_set.types) if kind not in kept]
+
+
 def repair(
     labels: IntArray,
     scores: NDArray[np.floating[Any]],

@@ -15,6 +15,7 @@ from bertner import kernels
 from bertner.batches import PackedBatch, PaddedBatch, packed_by_length, padded_by_length
 from bertner.config import EVAL_TOKENS
 from bertner.data import TokenDataset, sum_parts
+from bertner.decisions import Decider
 from bertner.labels import IGNORE_INDEX, IntArray
 from bertner.metrics import EntityScores, score_entities
 from bertner.model import BertForNER, autocast, token_loss
@@ -29,8 +30,10 @@ class Evaluation:
         loss_batch_mean: The Trainer's `eval_loss`: the mean over batches of their means, weighted
             by rows, which depends on the batch size.
         subword: Scores on the wordpieces that carry a label, as in Trainer-made model cards.
-        word: Scores on words, each decided by its first wordpiece, as in CoNLL-2003.
+        word: Scores on words, each decided once, by default by its first wordpiece, as in
+            CoNLL-2003.
         word_predictions: (num_words,) predicted label of every word.
+        num_repaired: Words that Viterbi gave another label; None without it.
         runtime: Seconds.
         num_rows: Rows read.
     """
@@ -40,11 +43,13 @@ class Evaluation:
     subword: EntityScores
     word: EntityScores
     word_predictions: IntArray
+    num_repaired: int | None
     runtime: float
     num_rows: int
 
     def metrics(self) -> dict[str, float]:
         """The scores by name, without a prefix; names without a level are at subword level."""
+        repaired = {} if self.num_repaired is None else {"words_repaired": self.num_repaired}
         return {
             "loss": self.loss,
             "loss_batch_mean": self.loss_batch_mean,
@@ -56,6 +61,7 @@ class Evaluation:
             "word_recall": self.word.overall.recall,
             "word_f1": self.word.overall.f1,
             "word_accuracy": self.word.accuracy,
+            **repaired,
             "runtime": self.runtime,
             "samples_per_second": self.num_rows / self.runtime,
         }
@@ -78,13 +84,13 @@ def evaluate(
     on_batch: Callable[[int], object] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Scores a model; what is kept of each batch is one label and one loss a token.
+    """Scores a model; what is kept of each batch is one label and one loss a token (see `Decider`).
 
     With packed rows the C library keeps freed memory from then on, as with `train`.
 
     Args:
         model: Its mode (training or evaluation) is left as it was.
-        dataset: Labelled rows.
+        dataset: Labelled rows; its `reading` says how words are decided.
         batch_size: Rows in a padded batch; for packed ones it says only over how many rows
             `loss_batch_mean` averages.
         dtype: "float32" or "bfloat16" arithmetic.
@@ -100,7 +106,7 @@ def evaluate(
     start = time.perf_counter()
     device, was_training = model.device, model.training
     model.eval()
-    predicted = np.zeros(len(dataset.input_ids), dtype=np.int16)
+    decider = Decider(dataset)
     losses = np.zeros(len(dataset.input_ids), dtype=np.float32)
     batches: Iterator[PackedBatch | PaddedBatch] = (
         packed_by_length(dataset, batch_tokens, device)
@@ -113,7 +119,7 @@ def evaluate(
                 with autocast(device, dtype):
                     logits = model(batch.input_ids, **batch.layout).logits  # (P, C) or (B, T, C)
                 loss = token_loss(logits, batch.labels, "none")
-                predicted[batch.token_index] = logits.argmax(-1)[batch.is_own].cpu().numpy()
+                decider.add(batch, logits)
                 losses[batch.token_index] = loss[batch.is_own].cpu().numpy()
                 if on_batch is not None:
                     on_batch(len(batch.rows))
@@ -124,18 +130,21 @@ def evaluate(
 
     row_losses = sum_parts(losses, dataset.rows.starts, np.float64)
     scored = dataset.labels != IGNORE_INDEX
-    label_set = dataset.label_set
-    word_predictions = dataset.decide_words(predicted, label_set.outside)
+    label_set, decisions = dataset.label_set, decider.decide()
     return Evaluation(
         loss=float(row_losses.sum() / max(dataset.row_num_labelled.sum(), 1)),
         loss_batch_mean=_mean_of_batch_means(row_losses, dataset.row_num_labelled, batch_size),
         subword=score_entities(
-            predicted[scored], dataset.labels[scored], dataset.labelled_sentence_starts, label_set
+            decisions.token_labels[scored],
+            dataset.labels[scored],
+            dataset.labelled_sentence_starts,
+            label_set,
         ),
         word=score_entities(
-            word_predictions, dataset.word_labels, dataset.sentence_starts[:-1], label_set
+            decisions.labels, dataset.word_labels, dataset.sentence_starts[:-1], label_set
         ),
-        word_predictions=word_predictions,
+        word_predictions=decisions.labels,
+        num_repaired=decisions.num_repaired if dataset.reading.decoding == "viterbi" else None,
         runtime=time.perf_counter() - start,
         num_rows=len(dataset),
     )

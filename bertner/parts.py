@@ -72,6 +72,7 @@ def build_parts(config: TrainConfig, commit: str | None = None) -> Parts:
         id2label=dict(enumerate(label_set.names)),
         attn_implementation=config.attn_implementation,
     ).to(device)
+    model.config = dataclasses.replace(model.config, reading=config.reading)
     return Parts(
         source,
         {split: each.summary for split, each in prepared.items()},

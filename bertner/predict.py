@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from bertner import kernels
 from bertner.batches import packed_by_length
-from bertner.config import EVAL_TOKENS
+from bertner.config import EVAL_TOKENS, Reading
 from bertner.corpus import Corpus, split_words
 from bertner.data import TokenDataset, tokenize
+from bertner.decisions import Decider, Decisions
 from bertner.hub import find_model
 from bertner.labels import IntArray
 from bertner.model import BertForNER, autocast
@@ -50,6 +49,8 @@ class Tagger:
         batch_tokens: Tokens that are computed at a time.
         dtype: "float32" or "bfloat16" arithmetic.
         matmul: See `TrainConfig.matmul`.
+        reading: How rows are made and words decided; None for how the model was trained to. Each
+            text is a document of one sentence.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Tagger:
         *,
         dtype: str = "float32",
         matmul: str = "auto",
+        reading: Reading | None = None,
     ) -> None:
         self.model = model.eval()
         self.model.stack_projections()
@@ -68,6 +70,7 @@ class Tagger:
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
         self.label_set = model.label_set
+        self.reading = reading or model.config.reading or Reading()
 
     @classmethod
     def from_pretrained(
@@ -78,6 +81,7 @@ class Tagger:
         batch_tokens: int = EVAL_TOKENS,
         dtype: str = "float32",
         matmul: str = "auto",
+        reading: Reading | None = None,
     ) -> Tagger:
         """Loads a model folder, or a model from the Hub.
 
@@ -87,7 +91,7 @@ class Tagger:
         source = find_model(model_name_or_path)
         model = BertForNER.from_pretrained(source.folder).to(device)
         tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
-        return cls(model, tokenizer, batch_tokens, dtype=dtype, matmul=matmul)
+        return cls(model, tokenizer, batch_tokens, dtype=dtype, matmul=matmul, reading=reading)
 
     def __call__(self, texts: Sequence[str]) -> list[list[Entity]]:
         """Entities of each text, in order; a text longer than the model's window is no problem."""
@@ -101,8 +105,10 @@ class Tagger:
             return entities
         words = [texts[number][a:b] for number in numbers for a, b in word_spans[number]]
         starts = np.cumsum([0, *(len(word_spans[number]) for number in numbers)])
-        dataset = tokenize(_unlabelled(words, starts), self.tokenizer, self.label_set)
-        labels, scores = self._predict(dataset)
+        corpus = _unlabelled(words, starts)
+        dataset = tokenize(corpus, self.tokenizer, self.label_set, self.reading)
+        decisions = self._decide(dataset)
+        labels, scores = decisions.labels, decisions.scores
         spans = self.label_set.spans(labels, starts[:-1])
         sentence_of = np.searchsorted(starts, spans.start, side="right") - 1
         for k, sentence in enumerate(sentence_of):
@@ -116,22 +122,14 @@ class Tagger:
         return entities
 
     @torch.inference_mode()
-    def _predict(self, dataset: TokenDataset) -> tuple[IntArray, NDArray[np.float32]]:
-        """(num_words,) label and its probability for every word; O for words without pieces."""
-        labels = np.zeros(len(dataset.input_ids), dtype=np.int16)
-        scores = np.zeros(len(dataset.input_ids), dtype=np.float32)
-        device = self.model.device
+    def _decide(self, dataset: TokenDataset) -> Decisions:
+        decider, device = Decider(dataset), self.model.device
         with kernels.hot_path(self.matmul, device, self.dtype):
             for batch in packed_by_length(dataset, self.batch_tokens, device):
                 with autocast(device, self.dtype):
                     logits = self.model(batch.input_ids, cu_seqlens=batch.cu_seqlens).logits
-                best = F.softmax(logits.float(), dim=-1).max(-1)
-                labels[batch.token_index] = best.indices[batch.is_own].cpu().numpy()
-                scores[batch.token_index] = best.values[batch.is_own].cpu().numpy()
-        return (
-            dataset.decide_words(labels, self.label_set.outside),
-            dataset.decide_words(scores, 1),
-        )
+                decider.add(batch, logits)
+        return decider.decide()
 
 
 def _unlabelled(words: list[str], starts: IntArray) -> Corpus:

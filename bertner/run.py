@@ -30,11 +30,11 @@ from bertner.checkpoint import (
     verify_checkpoint,
     write_state,
 )
-from bertner.config import Reading, TrainConfig
-from bertner.data import prepare
-from bertner.errors import CheckpointError, DataError, RunStoppedError, UsageError
+from bertner.config import BertConfig, Reading, TrainConfig
+from bertner.data import prepare_tokens, with_rows
+from bertner.errors import CheckpointError, RunStoppedError
 from bertner.evaluation import Evaluation, Stopped, evaluate
-from bertner.files import read_json, write_json, write_text
+from bertner.files import write_json, write_text
 from bertner.hub import find_model
 from bertner.loop import train
 from bertner.model import BertForNER
@@ -373,17 +373,6 @@ def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dic
     return results
 
 
-def _reading_of(folder: Path) -> Reading:
-    """How a model was trained to read; as by default if others trained it."""
-    try:
-        config = read_json(folder / "run.json")["config"]
-        names = {item.name for item in dataclasses.fields(Reading)}
-        settings = {name: value for name, value in config.items() if name in names}
-        return TrainConfig.from_dict(settings).reading
-    except (DataError, UsageError, KeyError, TypeError, AttributeError):
-        return Reading()
-
-
 def run_evaluation(options: argparse.Namespace) -> None:
     """`bertner-eval`: scores of a model on a file."""
     source = find_model(options.model)
@@ -393,12 +382,23 @@ def run_evaluation(options: argparse.Namespace) -> None:
     products = kernels.choose_products(options.matmul, device, options.dtype)
     logger.info("matrix products: %s", products)
     tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
-    dataset = prepare(
+    reading = _reading_of(options, model.config)
+    prepared = prepare_tokens(
         open_file(options.file, **columns_of(options)),
         tokenizer,
         model.label_set,
-        reading=_reading_of(source.folder),
-    ).dataset
+        label_all_tokens=reading.label_all_tokens,
+        row_limit=tokenizer.row_limit(reading.max_seq_length),
+    )
+    is_asked = options.context is not None
+    if reading.context != "none" and not prepared.summary.marks_documents and not is_asked:
+        logger.warning(
+            "%s does not say where documents begin, so each sentence is read alone; the model was "
+            "trained to read their neighbours too",
+            options.file,
+        )
+        reading = dataclasses.replace(reading, context="none")
+    dataset = with_rows(prepared, tokenizer, reading).dataset
     with progress_bar(len(dataset), " sentences", "evaluate", show=True) as bar:
         evaluation = evaluate(
             model,
@@ -416,8 +416,18 @@ def run_evaluation(options: argparse.Namespace) -> None:
         f"accuracy over {evaluation.subword.num_labels:,} wordpieces "
         f"{evaluation.subword.accuracy:.4f}, loss {evaluation.loss:.4f}"
     )
+    if evaluation.num_repaired is not None:
+        print(f"Viterbi gave {evaluation.num_repaired:,} words another label than their best one")
     if options.output_file:
         write_json(Path(options.output_file), evaluation.metrics())
+
+
+def _reading_of(options: argparse.Namespace, config: BertConfig) -> Reading:
+    """How a model is to read: as it was trained to, but for what the command asks for."""
+    settings = dataclasses.asdict(config.reading or Reading())
+    asked = {name: getattr(options, name, None) for name in settings}
+    settings.update({name: value for name, value in asked.items() if value is not None})
+    return TrainConfig.from_dict(settings).reading
 
 
 def run_prediction(options: argparse.Namespace) -> None:
@@ -432,6 +442,7 @@ def run_prediction(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         matmul=options.matmul,
     )
+    tagger.reading = _reading_of(options, tagger.model.config)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # JSON is, whatever the locale
     lines = _lines(options.files)

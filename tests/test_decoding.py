@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bertner import decoding
-from bertner.decoding import is_legal, repair
+from bertner.decoding import is_legal, repair, stranded_types
 from bertner.labels import SCHEMES, IntArray, LabelSet, label_list, scheme_exceptions
 
 many = settings(max_examples=300, deadline=None)
@@ -233,3 +233,18 @@ def test_scores_of_another_shape_are_refused() -> None:
     labels, scores = random_words(CONLL, [4], seed=0)
     with pytest.raises(ValueError, match=r"scores are \(4, 8\), not \(4, 9\)"):
         repair(labels, scores[:, :8], np.array([0]), CONLL)
+
+
+@pytest.mark.parametrize(
+    ("names", "lost"),
+    [
+        ("O B-X I-X B-Y", []),
+        ("O I-X", []),
+        ("O B-X I-X E-X S-Y", []),
+        ("O I-X E-X S-Y", ["X"]),  # IOE, of which BIOES is only a guess
+        ("O B-X I-X S-Y", ["X"]),  # an entity of X could never end
+        ("O", []),
+    ],
+)
+def test_types_that_no_legal_sequence_has(names: str, lost: list[str]) -> None:
+    assert stranded_types(LabelSet(tuple(names.split()))) == lost

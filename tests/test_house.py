@@ -21,7 +21,7 @@ ORDER = [
     ["packing", "readers", "tokenizer", "checkpoint"],
     ["attention", "hub_datasets", "data", "output_dir"],
     ["batches", "data_cache"],
-    ["model", "optimizer"],
+    ["model", "optimizer", "decisions"],
     ["evaluation", "predict"],
     ["progress"],
     ["loop"],
