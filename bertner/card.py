@@ -224,7 +224,7 @@ def _data(facts: RunFacts) -> str:
 
 def _procedure(facts: RunFacts) -> str:
     config, result = facts.config, facts.result
-    warmup = config.resolved_warmup_steps(result.step)
+    warmup = config.resolved_warmup_steps(result.total_steps)
     labelling = (
         "every wordpiece of a word (`B-X` goes on as `I-X`)"
         if config.label_all_tokens
@@ -237,7 +237,8 @@ def _procedure(facts: RunFacts) -> str:
     if config.load_best_model_at_end:
         kept = f"best by {config.metric_for_best_model} on the validation data"
     lines = [
-        f"- learning_rate: {config.learning_rate:g}, linear decay to zero, {warmup} warmup steps",
+        f"- learning_rate: {config.learning_rate:g}, linear decay to zero at step "
+        f"{result.total_steps}, {warmup} warmup steps",
         f"- train_batch_size: {config.per_device_train_batch_size} sentences x "
         f"{config.gradient_accumulation_steps} micro-batches = {batch}",
         f"- eval_batch_size: {config.per_device_eval_batch_size}",
@@ -255,6 +256,8 @@ def _procedure(facts: RunFacts) -> str:
         f"{result.tokens_per_second:,.0f} tokens/s without padding",
         f"- mean training loss: {result.loss:.4f}",
     ]
+    if result.stopped_early:
+        lines.append(f"- stopped early after {early_stop(config, result)}")
     lines += [
         f"- carried on after step {resume['step']} with differences: "
         + "; ".join(resume["differences"])
@@ -268,6 +271,16 @@ def _procedure(facts: RunFacts) -> str:
         + table
         + "\n\nTraining loss is the mean of the last finished logging window; precision, recall, "
         "F1 and accuracy are at subword level, Word F1 at word level."
+    )
+
+
+def early_stop(config: TrainConfig, result: TrainResult) -> str:
+    """Where a run stopped early, and why."""
+    threshold, patience = config.early_stopping_threshold, config.early_stopping_patience
+    more = f" by more than {threshold:g}" if threshold else ""
+    return (
+        f"step {result.step} of {result.total_steps} planned; evaluations in a row that did not "
+        f"improve on the best {config.metric_for_best_model}{more}: {patience}"
     )
 
 

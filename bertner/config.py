@@ -296,6 +296,11 @@ class TrainConfig:
     save_total_limit: int | None = _option(None, "keep the newest N checkpoints (and the best)")
     load_best_model_at_end: bool = _option(False, "keep the best checkpoint, not the last weights")
     metric_for_best_model: str = _option("f1", f"one of {' '.join(METRICS)}")
+    early_stopping_patience: int | None = _option(
+        None,
+        "end training after N evaluations in a row in which metric_for_best_model did not improve",
+    )
+    early_stopping_threshold: float = _option(0.0, "an improvement is larger than this")
     output_dir: str = _option("bert-finetuned-ner", "folder for model, card, scores, checkpoints")
     overwrite_output_dir: bool = _option(False, "replace the run that output_dir holds")
     resume_from_checkpoint: str | None = _option(
@@ -313,9 +318,9 @@ class TrainConfig:
             1: "per_device_train_batch_size per_device_eval_batch_size eval_batch_tokens "
             "gradient_accumulation_steps "
             "logging_steps eval_steps save_steps save_total_limit max_train_samples "
-            "max_eval_samples",
+            "max_eval_samples early_stopping_patience",
             0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-            "warmup_steps warmup_ratio num_train_epochs seed",
+            "warmup_steps warmup_ratio num_train_epochs seed early_stopping_threshold",
             3: "max_seq_length",  # [CLS], one piece, [SEP]
         }
         for minimum, names in at_least.items():
@@ -358,6 +363,10 @@ class TrainConfig:
             raise UsageError("matmul onednn is for packed rows; leave out --no-packing")
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise UsageError("load_best_model_at_end needs eval_strategy steps or epoch")
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            raise UsageError("early_stopping_patience needs eval_strategy steps or epoch")
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise UsageError("early_stopping_threshold needs early_stopping_patience")
 
     def _check_type(self, item: dataclasses.Field[Any]) -> None:
         """Checks one value against its field's annotation; an integer is a fine float."""

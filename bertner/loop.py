@@ -101,7 +101,7 @@ def train(
 
     with _short_ways(model, config):
         for step, micro_batches in steps_from(progress.step, len(dataset), config):
-            if step == total_steps or progress.stopped:
+            if progress.finished or progress.stopped:
                 break
             optimizer.zero_grad()
             all_rows = np.concatenate(micro_batches)

@@ -124,8 +124,9 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
         data.update({split: Path(path) for split, path in files.items() if path})
         for path in filter(None, files.values()):
             check_file(path)
-    if config.load_best_model_at_end and "validation" not in data:
-        raise UsageError("load_best_model_at_end needs validation data: give --validation_file")
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(config, name) and "validation" not in data:
+            raise UsageError(f"{name} needs validation data: give --validation_file")
     if config.eval_strategy != "no" and "validation" not in data:
         logger.warning("no validation data, so nothing is scored during training")
     return data
@@ -200,6 +201,10 @@ def announce(config: TrainConfig, parts: Parts, total_steps: int) -> None:
         config.output_dir,
     )
     logger.info("matrix products: %s", products_for(config, model.device))
+    if config.early_stopping_patience and not config.load_best_model_at_end:
+        logger.info(
+            "early stopping: the last weights are kept; --load_best_model_at_end keeps the best"
+        )
 
 
 def products_for(config: TrainConfig, device: torch.device) -> kernels.Products:

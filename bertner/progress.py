@@ -67,6 +67,7 @@ class TrainResult:
 
     Attributes:
         step: Optimizer steps done.
+        total_steps: Those that were planned.
         epoch: Passes over the data done.
         loss: Mean of the steps' losses.
         runtime: Seconds, evaluation and saving included.
@@ -79,6 +80,7 @@ class TrainResult:
     """
 
     step: int
+    total_steps: int
     epoch: float
     loss: float
     runtime: float
@@ -88,6 +90,11 @@ class TrainResult:
     best_step: int | None
     state: TrainState
     stopped: bool
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `early_stopping_patience` was at an end before the steps were."""
+        return not self.stopped and self.step < self.total_steps
 
 
 class Watcher(Protocol):
@@ -122,6 +129,8 @@ class Progress:
         "tokens": (int,),
         "best": (float, type(None)),
         "best_step": (int, type(None)),
+        # Evaluations in a row without an improvement that counts.
+        "early_stopping_patience_counter": (int,),
         # Whether what is due after this step (an evaluation, a save) has been done.
         "watched": (bool,),
         "seconds": (float,),
@@ -139,8 +148,9 @@ class Progress:
         save: Save | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        if config.load_best_model_at_end and evaluation is None:
-            raise UsageError("load_best_model_at_end needs validation data to tell the best by")
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(config, name) and evaluation is None:
+                raise UsageError(f"{name} needs validation data: give train its evaluation rows")
         self.config = config
         self.model = model
         self.optimizer = optimizer
@@ -155,6 +165,7 @@ class Progress:
         self.tokens = 0
         self.best: float | None = None
         self.best_step: int | None = None
+        self.early_stopping_patience_counter = 0
         self.watched = True
         self.seconds_watching = 0.0
         self.start = time.perf_counter()
@@ -165,6 +176,13 @@ class Progress:
     def seconds(self) -> float:
         """Since the run began, without the time between its being stopped and carried on."""
         return time.perf_counter() - self.start
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to be done: the last one was, or it is time to stop early."""
+        patience = self.config.early_stopping_patience
+        stops_early = patience is not None and self.early_stopping_patience_counter >= patience
+        return stops_early or self.step == self.total_steps
 
     def state(self) -> TrainState:
         """Where the run stands."""
@@ -248,7 +266,7 @@ class Progress:
         """Whether it is time; the end of a run always is, unless the strategy is "no"."""
         if strategy == "no":
             return False
-        if self.step == self.total_steps:
+        if self.finished:
             return True
         return self.step % (self.steps_per_epoch if strategy == "epoch" else every) == 0
 
@@ -270,6 +288,11 @@ class Progress:
         value = self.last.metrics()[name]
         better = -value if name == "loss" else value
         is_best = self.best is None or better > self.best
+        threshold = self.config.early_stopping_threshold
+        if self.best is None or better - self.best > threshold:
+            self.early_stopping_patience_counter = 0
+        else:
+            self.early_stopping_patience_counter += 1
         if is_best:
             self.best, self.best_step = better, self.step
         if self.watcher is not None:
@@ -293,6 +316,7 @@ class Progress:
         stepping = self._seconds_stepping()
         return TrainResult(
             step=self.step,
+            total_steps=self.total_steps,
             epoch=self.step / self.steps_per_epoch,
             loss=self.losses / max(self.step, 1),
             runtime=self.seconds,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bertner import kernels
-from bertner.card import RunFacts, model_card
+from bertner.card import RunFacts, early_stop, model_card
 from bertner.checkpoint import (
     WEIGHTS,
     Checkpoint,
@@ -189,6 +189,8 @@ class _Run:
         )
         if result.stopped:
             self.leave(result.state)
+        if result.stopped_early:
+            logger.info("stopped early after %s", early_stop(self.config, result))
         kept_step = self.choose_weights(result)
         try:
             evaluations = self.evaluate(result, kept_step)

@@ -230,8 +230,10 @@ def _values_of(item: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         return st.none()
     if item.name == "metric_for_best_model":
         return st.sampled_from([*METRICS, *(f"eval_{name}" for name in METRICS)])
-    if item.name == "load_best_model_at_end":
-        return st.just(False)
+    if item.name in ("load_best_model_at_end", "early_stopping_patience"):
+        return st.just(item.default)  # others need evaluations
+    if item.name == "early_stopping_threshold":
+        return st.just(0.0)  # others need a patience
     if item.name == "attn_implementation":
         return st.just("sdpa")  # eager is for padded rows alone
     if item.name == "matmul":
@@ -275,11 +277,12 @@ def test_train_config_survives_json(values: dict[str, Any]) -> None:
 
 INTEGERS_ABOVE_0 = (
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples"
+    "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples "
+    "early_stopping_patience"
 ).split()
 FLOATS = (
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_ratio "
-    "num_train_epochs"
+    "num_train_epochs early_stopping_threshold"
 ).split()
 FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 STRINGS = [name for name, item in FIELDS.items() if str(item.type).startswith("str")]
@@ -316,6 +319,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"validation_file": "y"}, "validation_file needs train_file"),
     ({"test_file": "y"}, "test_file needs train_file"),
     ({"load_best_model_at_end": True, "eval_strategy": "no"}, "needs eval_strategy"),
+    ({"early_stopping_patience": 1, "eval_strategy": "no"}, "needs eval_strategy steps or epoch"),
+    ({"early_stopping_threshold": 0.1}, "early_stopping_threshold needs early_stopping_patience"),
 ]
 
 
@@ -342,6 +347,7 @@ def test_train_config_refuses(values: dict[str, Any], pattern: str) -> None:
         {"metric_for_best_model": "eval_f1"},
         {"train_file": "a", "validation_file": "b", "test_file": "c"},
         {"load_best_model_at_end": True},
+        {"early_stopping_patience": 1, "early_stopping_threshold": 0},
         {"save_total_limit": None},
     ],
 )

@@ -450,7 +450,9 @@ def test_without_validation_data(
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert not [name for name in results if name.startswith(("eval_", "test_"))]
     assert "Not evaluated" in (tmp_path / "out" / "README.md").read_text()
-    assert train_main([*kept, "--load_best_model_at_end", "--overwrite_output_dir"]) == 2
+    for needy in (["--load_best_model_at_end"], ["--early_stopping_patience", "1"]):
+        assert train_main([*kept, *needy, "--overwrite_output_dir"]) == 2
+        assert f"{needy[0][2:]} needs validation data: give --val" in capsys.readouterr().err
 
 
 def test_padded_rows_and_the_choice_of_products(
