@@ -233,6 +233,9 @@ def _procedure(facts: RunFacts) -> str:
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     clipping = f"{config.max_grad_norm:g}" if config.max_grad_norm else "off"
     rows = "packed" if config.packing else f"padded, attention {config.attn_implementation}"
+    smoothing = ""
+    if config.label_smoothing_factor:
+        smoothing = f", label_smoothing_factor {config.label_smoothing_factor:g}"
     kept = "last"
     if config.load_best_model_at_end:
         kept = f"best by {config.metric_for_best_model} on the validation data"
@@ -247,6 +250,7 @@ def _procedure(facts: RunFacts) -> str:
         f"- weight_decay: {config.weight_decay:g}, none for biases and LayerNorm",
         f"- max_grad_norm: {clipping}",
         f"- labelled: {labelling}",
+        f"- training loss: cross-entropy, mean over labelled tokens{smoothing}",
         f"- epochs: {result.epoch:g}, steps: {result.step}",
         f"- seed: {config.seed}",
         f"- dtype: {config.dtype}, rows: {rows}",

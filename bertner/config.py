@@ -275,6 +275,9 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0 for no clipping")
     warmup_steps: int = _option(0, "steps of linear warmup; wins over warmup_ratio")
     warmup_ratio: float = _option(0.0, "share of all steps that is warmup")
+    label_smoothing_factor: float = _option(
+        0.0, "share of each training target that is spread evenly over all labels"
+    )
     seed: int = _option(42, "draws the head, the order of the data and the dropout")
     # Machine
     packing: bool = _option(
@@ -320,7 +323,8 @@ class TrainConfig:
             "logging_steps eval_steps save_steps save_total_limit max_train_samples "
             "max_eval_samples early_stopping_patience",
             0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-            "warmup_steps warmup_ratio num_train_epochs seed early_stopping_threshold",
+            "warmup_steps warmup_ratio num_train_epochs seed early_stopping_threshold "
+            "label_smoothing_factor",
             3: "max_seq_length",  # [CLS], one piece, [SEP]
         }
         for minimum, names in at_least.items():
@@ -328,7 +332,7 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and value < minimum:
                     raise UsageError(f"{name} must be at least {minimum}, not {value}")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{name} must be below 1, not {getattr(self, name)}")
         if self.warmup_ratio > 1:

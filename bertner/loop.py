@@ -97,6 +97,7 @@ def train(
     if state is not None:
         progress.carry_on(state)
     model.train()
+    smoothing = config.label_smoothing_factor
     make_batch, norm_of = (pack, gradient_norm) if config.packing else (collate, _reference_norm)
 
     with _short_ways(model, config):
@@ -112,7 +113,7 @@ def train(
                 kernels.seed_dropout(dropout_seed(config.seed, step, k), device)
                 with autocast(device, config.dtype):
                     logits = model(batch.input_ids, **batch.layout).logits
-                share = token_loss(logits, batch.labels, "sum") / max(num_labelled, 1)
+                share = token_loss(logits, batch.labels, "sum", smoothing) / max(num_labelled, 1)
                 share.backward()  # type: ignore[no-untyped-call]
                 loss_sum += share.detach()
             norm = norm_of([p for p in parameters if p.grad is not None])

@@ -278,7 +278,9 @@ class TokenClassifierOutput:
     loss: Tensor | None = None
 
 
-def token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+def token_loss(
+    logits: Tensor, labels: Tensor, reduction: str, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of the labelled tokens, in float32.
 
     Args:
@@ -286,6 +288,8 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         labels: (B, T), or (P,); IGNORE_INDEX where a token has none.
         reduction: "mean" or "sum" over the labelled tokens, for a scalar; "none" for a loss for
             each token, zero where there is no label.
+        label_smoothing: Share of each target that is spread evenly over all labels (Szegedy et al.,
+            2016).
     """
     # Flattened: the 2-d kernel of the loss has no deterministic form on CUDA.
     loss = F.cross_entropy(
@@ -293,6 +297,7 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         labels.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction=reduction,
+        label_smoothing=label_smoothing,
     )
     return loss.view_as(labels) if reduction == "none" else loss
 

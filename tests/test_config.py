@@ -282,7 +282,7 @@ INTEGERS_ABOVE_0 = (
 ).split()
 FLOATS = (
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_ratio "
-    "num_train_epochs early_stopping_threshold"
+    "num_train_epochs early_stopping_threshold label_smoothing_factor"
 ).split()
 FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 STRINGS = [name for name, item in FIELDS.items() if str(item.type).startswith("str")]
@@ -309,7 +309,10 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     *[({"seed": value}, "seed") for value in (-1, 1.5, 2**64)],
     *[({"warmup_steps": value}, "warmup_steps") for value in (-1, 0.5)],
     ({"warmup_ratio": 1.01}, "warmup_ratio must be between 0 and 1"),
-    *[({name: 1.0}, f"{name} must be below 1") for name in ("adam_beta1", "adam_beta2")],
+    *[
+        ({name: 1.0}, f"{name} must be below 1")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+    ],
     ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
     ({"num_train_epochs": 1e308}, "num_train_epochs must be at most"),
     ({"metric_for_best_model": "accuracy_"}, "metric_for_best_model 'accuracy_' is not measured"),

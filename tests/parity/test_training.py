@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
+from bertner.batches import padded_by_length
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.hub import find_model
@@ -74,6 +76,31 @@ def test_tiny_model_trains_to_the_same_bits(tmp_path: Path, settings: dict[str, 
     expected = trainer.model.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_label_smoothing_is_the_trainers(tmp_path: Path, packing: bool) -> None:
+    """Dropout is off, so that packed rows can be compared too."""
+    base = write_model_folder(
+        tmp_path / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    config = TrainConfig(learning_rate=1e-3, label_smoothing_factor=0.2, packing=packing)
+    files = [write_conll(tmp_path / f"{k}.txt", 30, seed=k) for k in range(2)]
+    model, tokenizer, rows, dev = _load(base, *files, tmp_path / "start", config)
+    ours = Losses()
+    result = train(model, rows, config, evaluation=dev, watcher=ours)
+    trainer = train_with_trainer(tmp_path / "start", rows, tokenizer, config, tmp_path / "out")
+    assert relative_difference(ours.loss, trainer.recorded) <= 1e-5
+    # What is evaluated is the plain loss.
+    assert result.evaluation is not None
+    with torch.inference_mode():
+        losses = [
+            F.cross_entropy(model(batch.input_ids, **batch.layout).logits[0], batch.labels[0])
+            * (batch.labels != -100).sum()
+            for batch in padded_by_length(dev, 1, model.device)
+        ]
+    plain = float(sum(losses)) / int(dev.row_num_labelled.sum())
+    assert result.evaluation.loss == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("packing", [True, False])
