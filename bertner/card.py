@@ -28,6 +28,7 @@ class RunFacts:
         base_commit: Its commit on the Hub, if it came from there.
         corpora: `train`, and `validation` and `test` where there are any.
         num_train_tokens: Tokens in one epoch, special tokens included.
+        class_weights: Of the labels in the training loss, if there were any.
         model: Shape and labels of the model.
         num_parameters: Of the whole model.
         max_length: Longest row in tokens.
@@ -46,6 +47,7 @@ class RunFacts:
     base_commit: str | None
     corpora: Mapping[str, CorpusSummary]
     num_train_tokens: int
+    class_weights: Mapping[str, float]
     model: BertConfig
     num_parameters: int
     max_length: int
@@ -233,9 +235,12 @@ def _procedure(facts: RunFacts) -> str:
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     clipping = f"{config.max_grad_norm:g}" if config.max_grad_norm else "off"
     rows = "packed" if config.packing else f"padded, attention {config.attn_implementation}"
-    smoothing = ""
+    loss = "cross-entropy, mean over labelled tokens"
     if config.label_smoothing_factor:
-        smoothing = f", label_smoothing_factor {config.label_smoothing_factor:g}"
+        loss += f", label_smoothing_factor {config.label_smoothing_factor:g}"
+    if facts.class_weights:
+        weights = (f"`{label}` {weight:.3g}" for label, weight in facts.class_weights.items())
+        loss += f", class_weights {config.class_weights}: {', '.join(weights)}"
     kept = "last"
     if config.load_best_model_at_end:
         kept = f"best by {config.metric_for_best_model} on the validation data"
@@ -250,7 +255,7 @@ def _procedure(facts: RunFacts) -> str:
         f"- weight_decay: {config.weight_decay:g}, none for biases and LayerNorm",
         f"- max_grad_norm: {clipping}",
         f"- labelled: {labelling}",
-        f"- training loss: cross-entropy, mean over labelled tokens{smoothing}",
+        f"- training loss: {loss}",
         f"- epochs: {result.epoch:g}, steps: {result.step}",
         f"- seed: {config.seed}",
         f"- dtype: {config.dtype}, rows: {rows}",

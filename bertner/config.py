@@ -278,6 +278,11 @@ class TrainConfig:
     label_smoothing_factor: float = _option(
         0.0, "share of each training target that is spread evenly over all labels"
     )
+    class_weights: str = _option(
+        "none",
+        "weigh labels in the training loss by their inverse frequency, or its square root",
+        choices="none balanced sqrt",
+    )
     seed: int = _option(42, "draws the head, the order of the data and the dropout")
     # Machine
     packing: bool = _option(

@@ -94,6 +94,31 @@ class TokenDataset:
             counts[rows] = np.add.reduceat(labelled, starts, dtype=np.int32)
         return counts
 
+    @cached_property
+    def label_counts(self) -> IntArray:
+        """(num_labels,) tokens that carry each label."""
+        counts = np.zeros(len(self.label_set.names), dtype=np.int64)
+        for _, tokens in _row_slices(self.row_starts):
+            labels = self.labels[tokens]
+            counts += np.bincount(labels[labels != IGNORE_INDEX], minlength=len(counts))
+        return counts
+
+    def row_sums(self, label_values: NumberArray) -> NumberArray:
+        """Sums a value of each label over the tokens of each row that carry it.
+
+        Args:
+            label_values: (num_labels,) values.
+
+        Returns:
+            (num_rows,) sums, float64.
+        """
+        sums = np.empty(len(self), dtype=np.float64)
+        for rows, tokens in _row_slices(self.row_starts):
+            labels = self.labels[tokens]
+            values = np.where(labels == IGNORE_INDEX, 0.0, label_values[np.maximum(labels, 0)])
+            sums[rows] = np.add.reduceat(values, self.row_starts[rows] - tokens.start)
+        return sums
+
     @property
     def labelled_row_starts(self) -> IntArray:
         """(num_rows,) where each row begins among the tokens that carry a label."""

@@ -19,6 +19,7 @@ from bertner.errors import UsageError
 from bertner.files import read_json
 from bertner.hub import ModelSource, find_model
 from bertner.hub_datasets import open_dataset
+from bertner.loop import class_weights
 from bertner.model import BertForNER
 from bertner.readers import check_file, open_file
 from bertner.tokenizer import Tokenizer
@@ -201,6 +202,9 @@ def announce(config: TrainConfig, parts: Parts, total_steps: int) -> None:
         config.output_dir,
     )
     logger.info("matrix products: %s", products_for(config, model.device))
+    if weights := class_weights(parts.datasets["train"], config.class_weights):
+        each = ", ".join(f"{label} {weight:.3g}" for label, weight in weights.items())
+        logger.info("class weights: %s", each)
     if config.early_stopping_patience and not config.load_best_model_at_end:
         logger.info(
             "early stopping: the last weights are kept; --load_best_model_at_end keeps the best"

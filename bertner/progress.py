@@ -26,7 +26,7 @@ class StepReport:
         step: Steps done, this one included.
         total_steps: Steps of the whole run.
         epoch: Passes over the data done, a fraction.
-        loss: Mean over the labelled tokens of the step, smoothed if `label_smoothing_factor` is.
+        loss: Mean over the labelled tokens of the step, smoothed and weighted as the settings say.
         grad_norm: Norm of the gradient before clipping.
         learning_rate: Rate that the step used.
         num_tokens: Real tokens that the step read, special tokens included.

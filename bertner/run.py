@@ -35,7 +35,7 @@ from bertner.errors import CheckpointError, DataError, RunStoppedError, UsageErr
 from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import read_json, write_json, write_text
 from bertner.hub import find_model
-from bertner.loop import train
+from bertner.loop import class_weights, train
 from bertner.model import BertForNER
 from bertner.output_dir import RECORD, lock_output_dir, remove_run
 from bertner.parts import Parts, announce, build_parts, columns_of, find_device
@@ -302,12 +302,14 @@ class _Run:
             self.output_dir / "eval_results.json",
             {name: value for name, value in results.items() if name.startswith("eval_")},
         )
+        train_data = self.parts.datasets["train"]
         facts = RunFacts(
             config=self.config,
             base_model=self.parts.source.name,
             base_commit=self.parts.source.commit,
             corpora=self.parts.corpora,
-            num_train_tokens=len(self.parts.datasets["train"].input_ids),
+            num_train_tokens=len(train_data.input_ids),
+            class_weights=class_weights(train_data, self.config.class_weights),
             model=self.parts.model.config,
             num_parameters=self.parts.model.num_parameters,
             max_length=self.parts.tokenizer.row_limit(self.config.max_seq_length),

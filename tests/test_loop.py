@@ -13,15 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
 from bertner import progress
+from bertner.batches import collate, epoch_order
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.errors import CheckpointError, NotFiniteError, UsageError
-from bertner.loop import TrainState, dropout_seed, evaluate, learning_rate_at, train
-from bertner.model import BertForNER
+from bertner.loop import (
+    TrainState,
+    class_weights,
+    dropout_seed,
+    evaluate,
+    learning_rate_at,
+    train,
+)
+from bertner.model import BertForNER, BertSelfAttention
 from bertner.optimizer import build_optimizer
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
@@ -100,6 +110,79 @@ def test_the_same_run_twice_is_the_same_to_the_bit(parts: Parts) -> None:
     train(twin, rows, config)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_class_weights(parts: Parts) -> None:
+    rows = parts[1]
+    labels = rows.labels[rows.labels != -100]
+    names = np.array(rows.label_set.names)
+    assert rows.label_counts.tolist() == [int((labels == k).sum()) for k in range(7)]
+    assert class_weights(rows, "none") == {}
+    # The data have no I-LOC: it weighs nothing, and the others as if there were no such label.
+    present = np.unique(labels)
+    assert names[np.setdiff1d(np.arange(7), present)] == ["I-LOC"]
+    balanced, root = class_weights(rows, "balanced"), class_weights(rows, "sqrt")
+    assert list(balanced) == list(root) == names.tolist()
+    assert balanced["I-LOC"] == root["I-LOC"] == 0.0
+    theirs = compute_class_weight("balanced", classes=present, y=labels)
+    assert [balanced[name] for name in names[present]] == pytest.approx(theirs)
+    assert root["B-PER"] / root["O"] == pytest.approx((balanced["B-PER"] / balanced["O"]) ** 0.5)
+    for weights in (balanced, root):
+        assert np.mean([weights[name] for name in names[labels]]) == pytest.approx(1.0)
+    nothing = replace(rows, labels=np.full_like(rows.labels, -100))
+    assert set(class_weights(nothing, "balanced").values()) == {0.0}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_loss_of_weighted_steps(parts: Parts, packing: bool) -> None:
+    """Their tokens' weighted mean; what is evaluated is neither weighted nor smoothed."""
+    model, rows, dev = parts
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, BertSelfAttention):
+            module.dropout_prob = 0.0
+    # A row of one label, and a frequent one, so that its weight is below 1, as no count can be.
+    labels = rows.labels.copy()
+    labels[: rows.row_starts[1]] = -100
+    labels[1] = rows.label_set.outside
+    rows = replace(rows, labels=labels)
+    watched = Losses()
+    config = TrainConfig(
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        learning_rate=0.0,
+        packing=packing,
+        class_weights="balanced",
+        label_smoothing_factor=0.2,
+    )
+    result = train(model, rows, config, evaluation=dev, watcher=watched)
+    weight_of = np.array(list(class_weights(rows, "balanced").values()))
+    expected, total_weights = [], []
+    with torch.inference_mode():
+        for row in epoch_order(len(rows), config.seed, 0):
+            batch = collate(rows, [row], model.device)
+            logits = model(batch.input_ids, batch.attention_mask).logits
+            gold = batch.labels[batch.labels != -100]
+            losses = F.cross_entropy(
+                logits[batch.labels != -100], gold, reduction="none", label_smoothing=0.2
+            )
+            weights = weight_of[gold.numpy()]
+            expected.append(np.average(losses.numpy(), weights=weights))
+            total_weights.append(weights.sum())
+        batch = collate(dev, range(len(dev)), model.device)
+        logits = model(batch.input_ids, batch.attention_mask).logits
+        plain = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    assert watched.loss == pytest.approx(expected, rel=1e-5)
+    assert 0.0 < min(total_weights) < 1.0
+    assert result.evaluation is not None
+    assert result.evaluation.loss == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_without_class_weights_no_label_is_counted(parts: Parts) -> None:
+    model, rows, _ = parts
+    train(model, rows, TrainConfig(max_steps=1))
+    assert "label_counts" not in vars(rows)
 
 
 def test_watching_changes_nothing(parts: Parts) -> None:

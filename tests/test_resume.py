@@ -209,6 +209,7 @@ OTHER_WAYS = {
     "no regular saves": ["--save_strategy", "no"],
     "no saves, last weights kept": ["--save_strategy", "no", "--load_best_model_at_end", "false"],
     "no evaluation": ["--eval_strategy", "no", "--load_best_model_at_end", "false"],
+    "another loss": ["--class_weights", "sqrt", "--label_smoothing_factor", "0.1"],
     "part of an epoch": ["--max_steps", "16", "--save_strategy", "epoch"],
 }
 
@@ -418,6 +419,7 @@ def stop_after(
         (["--per_device_train_batch_size", "8"], ["per_device_train_batch_size 4 -> 8"]),
         (["--seed", "43"], ["seed 42 -> 43", "first weights SHA-256"]),
         (["--max_steps", "20"], ["max_steps -1 -> 20"]),
+        (["--class_weights", "sqrt"], ["class_weights none -> sqrt"]),
         (["--metric_for_best_model", "loss"], ["metric_for_best_model f1 -> loss"]),
         (["--no-label_all_tokens"], ["label_all_tokens True -> False"]),
         ("train data", ["train data SHA-256"]),

@@ -129,9 +129,13 @@ def test_transformers_uses_the_folder(
         assert entity["text"] == text[entity["start"] : entity["end"]]
 
 
-def test_the_model_card_reads_back(arguments: list[str], tmp_path: Path) -> None:
+def test_the_model_card_reads_back(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     extra = ["--warmup_ratio", "0.1", "--max_grad_norm", "0.7", "--label_smoothing_factor", "0.1"]
+    extra += ["--class_weights", "sqrt"]
     assert train_main([*arguments, *extra]) == 0
+    assert "class weights: O 0.693, B-LOC 1.32, I-LOC 0, " in capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "transformers"
@@ -153,7 +157,8 @@ def test_the_model_card_reads_back(arguments: list[str], tmp_path: Path) -> None
         *["4 warmup steps", "epsilon 1e-08", "seed: 42", "learning_rate: 0.005"],
         *["Tagger.from_pretrained", "pipeline(", "### Validation", "### Test", "| PER |"],
         *["Word level", "Subword level", record["data"]["train"]["sha256"][:16], "cased"],
-        *["rows: packed", "mean over labelled tokens, label_smoothing_factor 0.1"],
+        *["rows: packed", "mean over labelled tokens, label_smoothing_factor 0.1, class_weights "],
+        "class_weights sqrt: `O` 0.693, `B-LOC` 1.32, `I-LOC` 0, ",
     ):
         assert fact in text, fact
     for unfilled in ("More information needed", "TODO", "None", "nan", "{"):
