@@ -28,6 +28,7 @@ class RunFacts:
         base_commit: Its commit on the Hub, if it came from there.
         corpora: `train`, and `validation` and `test` where there are any.
         num_train_tokens: Tokens in one epoch, special tokens included.
+        class_weights: Of the labels in the training loss, if there were any.
         model: Shape and labels of the model.
         num_parameters: Of the whole model.
         max_length: Longest row in tokens.
@@ -46,6 +47,7 @@ class RunFacts:
     base_commit: str | None
     corpora: Mapping[str, CorpusSummary]
     num_train_tokens: int
+    class_weights: Mapping[str, float]
     model: BertConfig
     num_parameters: int
     max_length: int
@@ -224,7 +226,7 @@ def _data(facts: RunFacts) -> str:
 
 def _procedure(facts: RunFacts) -> str:
     config, result = facts.config, facts.result
-    warmup = config.resolved_warmup_steps(result.step)
+    warmup = config.resolved_warmup_steps(result.total_steps)
     labelling = (
         "every wordpiece of a word (`B-X` goes on as `I-X`)"
         if config.label_all_tokens
@@ -233,11 +235,18 @@ def _procedure(facts: RunFacts) -> str:
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     clipping = f"{config.max_grad_norm:g}" if config.max_grad_norm else "off"
     rows = "packed" if config.packing else f"padded, attention {config.attn_implementation}"
+    loss = "cross-entropy, mean over labelled tokens"
+    if config.label_smoothing_factor:
+        loss += f", label_smoothing_factor {config.label_smoothing_factor:g}"
+    if facts.class_weights:
+        weights = (f"`{label}` {weight:.3g}" for label, weight in facts.class_weights.items())
+        loss += f", class_weights {config.class_weights}: {', '.join(weights)}"
     kept = "last"
     if config.load_best_model_at_end:
         kept = f"best by {config.metric_for_best_model} on the validation data"
     lines = [
-        f"- learning_rate: {config.learning_rate:g}, linear decay to zero, {warmup} warmup steps",
+        f"- learning_rate: {config.learning_rate:g}, linear decay to zero at step "
+        f"{result.total_steps}, {warmup} warmup steps",
         f"- train_batch_size: {config.per_device_train_batch_size} sentences x "
         f"{config.gradient_accumulation_steps} micro-batches = {batch}",
         f"- eval_batch_size: {config.per_device_eval_batch_size}",
@@ -246,6 +255,7 @@ def _procedure(facts: RunFacts) -> str:
         f"- weight_decay: {config.weight_decay:g}, none for biases and LayerNorm",
         f"- max_grad_norm: {clipping}",
         f"- labelled: {labelling}",
+        f"- training loss: {loss}",
         f"- epochs: {result.epoch:g}, steps: {result.step}",
         f"- seed: {config.seed}",
         f"- dtype: {config.dtype}, rows: {rows}",
@@ -255,6 +265,8 @@ def _procedure(facts: RunFacts) -> str:
         f"{result.tokens_per_second:,.0f} tokens/s without padding",
         f"- mean training loss: {result.loss:.4f}",
     ]
+    if result.stopped_early:
+        lines.append(f"- stopped early after {early_stop(config, result)}")
     lines += [
         f"- carried on after step {resume['step']} with differences: "
         + "; ".join(resume["differences"])
@@ -268,6 +280,16 @@ def _procedure(facts: RunFacts) -> str:
         + table
         + "\n\nTraining loss is the mean of the last finished logging window; precision, recall, "
         "F1 and accuracy are at subword level, Word F1 at word level."
+    )
+
+
+def early_stop(config: TrainConfig, result: TrainResult) -> str:
+    """Where a run stopped early, and why."""
+    threshold, patience = config.early_stopping_threshold, config.early_stopping_patience
+    more = f" by more than {threshold:g}" if threshold else ""
+    return (
+        f"step {result.step} of {result.total_steps} planned; evaluations in a row that did not "
+        f"improve on the best {config.metric_for_best_model}{more}: {patience}"
     )
 
 

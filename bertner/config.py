@@ -366,6 +366,14 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0 for no clipping")
     warmup_steps: int = _option(0, "steps of linear warmup; wins over warmup_ratio")
     warmup_ratio: float = _option(0.0, "share of all steps that is warmup")
+    label_smoothing_factor: float = _option(
+        0.0, "share of each training target that is spread evenly over all labels"
+    )
+    class_weights: str = _option(
+        "none",
+        "weigh labels in the training loss by their inverse frequency, or its square root",
+        choices="none balanced sqrt",
+    )
     seed: int = _option(42, "draws the head, the order of the data and the dropout")
     # Machine
     packing: bool = _option(
@@ -387,6 +395,11 @@ class TrainConfig:
     save_total_limit: int | None = _option(None, "keep the newest N checkpoints (and the best)")
     load_best_model_at_end: bool = _option(False, "keep the best checkpoint, not the last weights")
     metric_for_best_model: str = _option("f1", f"one of {' '.join(METRICS)}")
+    early_stopping_patience: int | None = _option(
+        None,
+        "end training after N evaluations in a row in which metric_for_best_model did not improve",
+    )
+    early_stopping_threshold: float = _option(0.0, "an improvement is larger than this")
     output_dir: str = _option("bert-finetuned-ner", "folder for model, card, scores, checkpoints")
     overwrite_output_dir: bool = _option(False, "replace the run that output_dir holds")
     resume_from_checkpoint: str | None = _option(
@@ -404,9 +417,10 @@ class TrainConfig:
             1: "per_device_train_batch_size per_device_eval_batch_size eval_batch_tokens "
             "train_batch_tokens gradient_accumulation_steps "
             "logging_steps eval_steps save_steps save_total_limit max_train_samples "
-            "max_eval_samples",
+            "max_eval_samples early_stopping_patience",
             0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-            "warmup_steps warmup_ratio num_train_epochs seed window_overlap context_tokens",
+            "warmup_steps warmup_ratio num_train_epochs seed window_overlap context_tokens "
+            "early_stopping_threshold label_smoothing_factor",
             3: "max_seq_length",  # [CLS], one piece, [SEP]
         }
         for minimum, names in at_least.items():
@@ -414,7 +428,7 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and value < minimum:
                     raise UsageError(f"{name} must be at least {minimum}, not {value}")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{name} must be below 1, not {getattr(self, name)}")
         if self.warmup_ratio > 1:
@@ -456,6 +470,10 @@ class TrainConfig:
             self.reading.overlap(self.max_seq_length - 2)
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise UsageError("load_best_model_at_end needs eval_strategy steps or epoch")
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            raise UsageError("early_stopping_patience needs eval_strategy steps or epoch")
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise UsageError("early_stopping_threshold needs early_stopping_patience")
 
     def _check_type(self, item: dataclasses.Field[Any]) -> None:
         """Checks one value against its field's annotation; an integer is a fine float."""

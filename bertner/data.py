@@ -110,6 +110,33 @@ class TokenDataset:
         """(num_rows,) tokens of each row's own that carry a label."""
         return self._num_labelled(self.rows.starts)
 
+    @cached_property
+    def label_counts(self) -> IntArray:
+        """(num_labels,) tokens that carry each label."""
+        counts = np.zeros(len(self.label_set.names), dtype=np.int64)
+        for _, tokens in _slices(self.rows.starts):
+            labels = self.labels[tokens]
+            counts += np.bincount(labels[labels != IGNORE_INDEX], minlength=len(counts))
+        return counts
+
+    def row_sums(self, label_values: NumberArray) -> NumberArray:
+        """Sums a value of each label over those of each row's own tokens that carry it.
+
+        Args:
+            label_values: (num_labels,) values.
+
+        Returns:
+            (num_rows,) sums, float64.
+        """
+        sums = np.empty(len(self), dtype=np.float64)
+        starts = self.rows.starts
+        for rows, tokens in _slices(starts):
+            labels = self.labels[tokens]
+            values = np.where(labels == IGNORE_INDEX, 0.0, label_values[np.maximum(labels, 0)])
+            row_starts = starts[rows.start : rows.stop + 1] - tokens.start
+            sums[rows] = sum_parts(values, row_starts, np.float64)
+        return sums
+
     @property
     def labelled_sentence_starts(self) -> IntArray:
         """(num_sentences,) where each sentence begins among the tokens that carry a label."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bertner import kernels
 from bertner.batches import Schedule, collate, pack
 from bertner.config import TrainConfig
-from bertner.data import TokenDataset
+from bertner.data import NumberArray, TokenDataset
 from bertner.errors import NotFiniteError
 from bertner.evaluation import Evaluation, evaluate
 from bertner.labels import IntArray
@@ -34,6 +34,7 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "Watcher",
+    "class_weights",
     "dropout_seed",
     "evaluate",
     "learning_rate_at",
@@ -52,6 +53,26 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     """Seed of the dropout of one micro-batch: the same however the run got there."""
     state = np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)
     return int(state[0]) >> 1  # torch takes 63 bits on every device
+
+
+def class_weights(dataset: TokenDataset, scheme: str) -> dict[str, float]:
+    """Weights of the labels in the training loss; their mean over the labelled tokens is 1.
+
+    Args:
+        dataset: Training rows.
+        scheme: "balanced": in inverse proportion to how many tokens carry a label; "sqrt": to the
+            square root of that; "none".
+
+    Returns:
+        For each label in order its weight, zero if no token carries it; empty for "none".
+    """
+    if scheme == "none":
+        return {}
+    counts = dataset.label_counts
+    power = {"balanced": 1.0, "sqrt": 0.5}[scheme]
+    weights = np.where(counts > 0, np.maximum(counts, 1.0) ** -power, 0.0)
+    weights *= counts.sum() / max(counts @ weights, 1.0)
+    return dict(zip(dataset.label_set.names, weights.tolist(), strict=True))
 
 
 def train(
@@ -95,22 +116,24 @@ def train(
     if state is not None:
         progress.carry_on(state)
     model.train()
+    smoothing = config.label_smoothing_factor
+    label_weights, row_weights = _weights(dataset, config.class_weights, device)
     make_batch, norm_of = (pack, gradient_norm) if config.packing else (collate, _reference_norm)
 
     with _short_ways(model, config):
         for step, micro_batches in schedule.steps_from(progress.step):
-            if step == total_steps or progress.stopped:
+            if progress.finished or progress.stopped:
                 break
             optimizer.zero_grad()
             all_rows = np.concatenate(micro_batches)
-            num_labelled = int(dataset.row_num_labelled[all_rows].sum())
+            weight = row_weights[all_rows].sum().item() or 1  # of the whole step's labelled tokens
             loss_sum = torch.zeros((), device=device)
             for k, rows in enumerate(micro_batches):
                 batch = make_batch(dataset, rows, device)
                 kernels.seed_dropout(dropout_seed(config.seed, step, k), device)
                 with autocast(device, config.dtype):
                     logits = model(batch.input_ids, **batch.layout).logits
-                share = token_loss(logits, batch.labels, "sum") / max(num_labelled, 1)
+                share = token_loss(logits, batch.labels, "sum", smoothing, label_weights) / weight
                 share.backward()  # type: ignore[no-untyped-call]
                 loss_sum += share.detach()
             norm = norm_of([p for p in parameters if p.grad is not None])
@@ -130,6 +153,16 @@ def train(
             progress.after_step(loss, grad_norm, rate, num_tokens)
     model.eval()
     return progress.result()
+
+
+def _weights(
+    dataset: TokenDataset, scheme: str, device: torch.device
+) -> tuple[Tensor | None, NumberArray]:
+    """Weights of labels, (C,), and their sums over each row, (num_rows,); without any, counts."""
+    weights = np.array(list(class_weights(dataset, scheme).values()))
+    if not len(weights):
+        return None, dataset.row_num_labelled
+    return torch.tensor(weights, dtype=torch.float32, device=device), dataset.row_sums(weights)
 
 
 def _reference_norm(parameters: Sequence[Tensor]) -> Tensor:

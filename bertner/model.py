@@ -278,7 +278,13 @@ class TokenClassifierOutput:
     loss: Tensor | None = None
 
 
-def token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+def token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    reduction: str,
+    label_smoothing: float = 0.0,
+    label_weights: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of the labelled tokens, in float32.
 
     Args:
@@ -286,14 +292,27 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         labels: (B, T), or (P,); IGNORE_INDEX where a token has none.
         reduction: "mean" or "sum" over the labelled tokens, for a scalar; "none" for a loss for
             each token, zero where there is no label.
+        label_smoothing: Share of each target that is spread evenly over all labels (Szegedy et al.,
+            2016).
+        label_weights: (C,) what the loss of a token with that label is multiplied by; "mean" then
+            divides by the sum of these factors.
     """
     # Flattened: the 2-d kernel of the loss has no deterministic form on CUDA.
     loss = F.cross_entropy(
         logits.float().flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORE_INDEX,
-        reduction=reduction,
+        reduction="none" if label_weights is not None else reduction,
+        label_smoothing=label_smoothing,
     )
+    if label_weights is not None:
+        # Not by cross_entropy's own weights: with smoothing these also weigh the labels that a
+        # target is spread over, which draws every token towards the rare ones.
+        labelled = labels.flatten() != IGNORE_INDEX
+        weights = label_weights[labels.flatten().clamp(min=0)] * labelled
+        loss = loss * weights
+        if reduction != "none":
+            loss = loss.sum() / (weights.sum() if reduction == "mean" else 1)
     return loss.view_as(labels) if reduction == "none" else loss
 
 

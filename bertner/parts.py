@@ -20,6 +20,7 @@ from bertner.errors import UsageError
 from bertner.files import read_json
 from bertner.hub import ModelSource, find_model
 from bertner.hub_datasets import open_dataset
+from bertner.loop import class_weights
 from bertner.model import BertForNER
 from bertner.readers import check_file, open_file
 from bertner.tokenizer import Tokenizer
@@ -126,8 +127,9 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
         data.update({split: Path(path) for split, path in files.items() if path})
         for path in filter(None, files.values()):
             check_file(path)
-    if config.load_best_model_at_end and "validation" not in data:
-        raise UsageError("load_best_model_at_end needs validation data: give --validation_file")
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(config, name) and "validation" not in data:
+            raise UsageError(f"{name} needs validation data: give --validation_file")
     if config.eval_strategy != "no" and "validation" not in data:
         logger.warning("no validation data, so nothing is scored during training")
     return data
@@ -202,6 +204,13 @@ def announce(config: TrainConfig, parts: Parts, total_steps: int) -> None:
         config.output_dir,
     )
     logger.info("matrix products: %s", products_for(config, model.device))
+    if weights := class_weights(parts.datasets["train"], config.class_weights):
+        each = ", ".join(f"{label} {weight:.3g}" for label, weight in weights.items())
+        logger.info("class weights: %s", each)
+    if config.early_stopping_patience and not config.load_best_model_at_end:
+        logger.info(
+            "early stopping: the last weights are kept; --load_best_model_at_end keeps the best"
+        )
 
 
 def products_for(config: TrainConfig, device: torch.device) -> kernels.Products:

@@ -27,7 +27,7 @@ class StepReport:
         step: Steps done, this one included.
         total_steps: Steps of the whole run.
         epoch: Passes over the data done, a fraction.
-        loss: Mean over the labelled tokens of the step.
+        loss: Mean over the labelled tokens of the step, smoothed and weighted as the settings say.
         grad_norm: Norm of the gradient before clipping.
         learning_rate: Rate that the step used.
         num_tokens: Real tokens that the step read, special tokens included.
@@ -68,6 +68,7 @@ class TrainResult:
 
     Attributes:
         step: Optimizer steps done.
+        total_steps: Those that were planned.
         epoch: Passes over the data done.
         loss: Mean of the steps' losses.
         runtime: Seconds, evaluation and saving included.
@@ -80,6 +81,7 @@ class TrainResult:
     """
 
     step: int
+    total_steps: int
     epoch: float
     loss: float
     runtime: float
@@ -89,6 +91,11 @@ class TrainResult:
     best_step: int | None
     state: TrainState
     stopped: bool
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `early_stopping_patience` was at an end before the steps were."""
+        return not self.stopped and self.step < self.total_steps
 
 
 class Watcher(Protocol):
@@ -123,6 +130,8 @@ class Progress:
         "tokens": (int,),
         "best": (float, type(None)),
         "best_step": (int, type(None)),
+        # Evaluations in a row without an improvement that counts.
+        "early_stopping_patience_counter": (int,),
         # Whether what is due after this step (an evaluation, a save) has been done.
         "watched": (bool,),
         "seconds": (float,),
@@ -140,8 +149,9 @@ class Progress:
         save: Save | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        if config.load_best_model_at_end and evaluation is None:
-            raise UsageError("load_best_model_at_end needs validation data to tell the best by")
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(config, name) and evaluation is None:
+                raise UsageError(f"{name} needs validation data: give train its evaluation rows")
         self.config = config
         self.model = model
         self.optimizer = optimizer
@@ -156,6 +166,7 @@ class Progress:
         self.tokens = 0
         self.best: float | None = None
         self.best_step: int | None = None
+        self.early_stopping_patience_counter = 0
         self.watched = True
         self.seconds_watching = 0.0
         self.start = time.perf_counter()
@@ -166,6 +177,13 @@ class Progress:
     def seconds(self) -> float:
         """Since the run began, without the time between its being stopped and carried on."""
         return time.perf_counter() - self.start
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to be done: the last one was, or it is time to stop early."""
+        patience = self.config.early_stopping_patience
+        stops_early = patience is not None and self.early_stopping_patience_counter >= patience
+        return stops_early or self.step == self.total_steps
 
     def state(self) -> TrainState:
         """Where the run stands."""
@@ -249,7 +267,7 @@ class Progress:
         """Whether it is time; the end of a run always is, unless the strategy is "no"."""
         if strategy == "no":
             return False
-        if self.step == self.total_steps:
+        if self.finished:
             return True
         return self.step % (self.steps_per_epoch if strategy == "epoch" else every) == 0
 
@@ -271,6 +289,11 @@ class Progress:
         value = self.last.metrics()[name]
         better = -value if name == "loss" else value
         is_best = self.best is None or better > self.best
+        threshold = self.config.early_stopping_threshold
+        if self.best is None or better - self.best > threshold:
+            self.early_stopping_patience_counter = 0
+        else:
+            self.early_stopping_patience_counter += 1
         if is_best:
             self.best, self.best_step = better, self.step
         if self.watcher is not None:
@@ -294,6 +317,7 @@ class Progress:
         stepping = self._seconds_stepping()
         return TrainResult(
             step=self.step,
+            total_steps=self.total_steps,
             epoch=self.step / self.steps_per_epoch,
             loss=self.losses / max(self.step, 1),
             runtime=self.seconds,

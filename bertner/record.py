@@ -29,7 +29,7 @@ _FREE = (
     "test_file data_cache device logging_steps save_strategy save_steps save_total_limit "
     "output_dir overwrite_output_dir resume_from_checkpoint allow_inexact_resume disable_tqdm"
 ).split()
-# Settings that only watch, unless the best model is to be kept: they say which one that is.
+# Settings that only watch, unless they say which model is the best, to be kept, or when to stop.
 _WATCHING = (
     "eval_strategy eval_steps eval_batch_tokens per_device_eval_batch_size metric_for_best_model"
 ).split()
@@ -150,7 +150,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
     """
     old, new = part_of(then, "config"), now["config"]
     free = set(_FREE)
-    if not old.get("load_best_model_at_end") and not new["load_best_model_at_end"]:
+    decide = ("load_best_model_at_end", "early_stopping_patience")
+    if not any(old.get(name) or new[name] for name in decide):
         free |= set(_WATCHING)
     task = [
         f"{name} {_shown(old.get(name))} -> {_shown(value)}"

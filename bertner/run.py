@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from bertner import kernels
 from bertner.batches import Schedule
-from bertner.card import RunFacts, model_card
+from bertner.card import RunFacts, early_stop, model_card
 from bertner.checkpoint import (
     WEIGHTS,
     Checkpoint,
@@ -36,7 +36,7 @@ from bertner.errors import CheckpointError, RunStoppedError
 from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import write_json, write_text
 from bertner.hub import find_model
-from bertner.loop import train
+from bertner.loop import class_weights, train
 from bertner.model import BertForNER
 from bertner.output_dir import RECORD, lock_output_dir, remove_run
 from bertner.parts import Parts, announce, build_parts, columns_of, find_device
@@ -190,6 +190,8 @@ class _Run:
         )
         if result.stopped:
             self.leave(result.state)
+        if result.stopped_early:
+            logger.info("stopped early after %s", early_stop(self.config, result))
         kept_step = self.choose_weights(result)
         try:
             evaluations = self.evaluate(result, kept_step)
@@ -301,12 +303,14 @@ class _Run:
             self.output_dir / "eval_results.json",
             {name: value for name, value in results.items() if name.startswith("eval_")},
         )
+        train_data = self.parts.datasets["train"]
         facts = RunFacts(
             config=self.config,
             base_model=self.parts.source.name,
             base_commit=self.parts.source.commit,
             corpora=self.parts.corpora,
-            num_train_tokens=self.parts.datasets["train"].num_read,
+            num_train_tokens=train_data.num_read,
+            class_weights=class_weights(train_data, self.config.class_weights),
             model=self.parts.model.config,
             num_parameters=self.parts.model.num_parameters,
             max_length=self.parts.tokenizer.row_limit(self.config.max_seq_length),

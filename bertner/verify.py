@@ -111,10 +111,17 @@ def _take_steps(config: TrainConfig, parts: Parts, state: TrainState, num_steps:
     logger.info("doing %d steps again after step %d", num_steps, state.step)
     with progress_bar(num_steps, " step", "replay", show=True) as bar:
         watcher = _Counter(bar.update)
+        steps_alone = dataclasses.replace(
+            config,
+            eval_strategy="no",
+            load_best_model_at_end=False,
+            early_stopping_patience=None,
+            early_stopping_threshold=0.0,
+        )
         return train(
             parts.model,
             parts.datasets["train"],
-            dataclasses.replace(config, eval_strategy="no", load_best_model_at_end=False),
+            steps_alone,
             watcher=watcher,
             state=state,
             should_stop=lambda: watcher.num_steps >= num_steps,

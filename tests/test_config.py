@@ -230,14 +230,18 @@ def _values_of(item: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         return st.none()
     if item.name == "metric_for_best_model":
         return st.sampled_from([*METRICS, *(f"eval_{name}" for name in METRICS)])
-    if item.name == "load_best_model_at_end":
-        return st.just(False)
+    if item.name in ("load_best_model_at_end", "early_stopping_patience"):
+        return st.just(item.default)  # others need evaluations
+    if item.name == "early_stopping_threshold":
+        return st.just(0.0)  # others need a patience
     if item.name == "attn_implementation":
         return st.just("sdpa")  # eager is for padded rows alone
     if item.name == "matmul":
         return st.sampled_from(["auto", "default"])  # onednn for packed ones
     if item.name == "window_overlap":
         return st.sampled_from([None, 0])  # at most half of the longest row
+    if item.name == "word_decision":
+        return st.just("first")  # all needs label_all_tokens
     if item.metadata["choices"]:
         return st.sampled_from(item.metadata["choices"])
     kind = str(item.type)
@@ -277,11 +281,12 @@ def test_train_config_survives_json(values: dict[str, Any]) -> None:
 
 INTEGERS_ABOVE_0 = (
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples"
+    "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples "
+    "early_stopping_patience"
 ).split()
 FLOATS = (
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_ratio "
-    "num_train_epochs"
+    "num_train_epochs early_stopping_threshold label_smoothing_factor"
 ).split()
 FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 STRINGS = [name for name, item in FIELDS.items() if str(item.type).startswith("str")]
@@ -305,12 +310,16 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"max_steps": 1.0}, "max_steps must be int"),
     ({"max_steps": -(2**63)}, "max_steps must be below"),
     *[({"max_seq_length": value}, "max_seq_length must be at least 3") for value in (2, 0, -1)],
+    ({"word_decision": "all", "label_all_tokens": False}, "all needs label_all_tokens"),
     ({"max_seq_length": 20, "window_overlap": 10}, "window_overlap 10 .*; use at most 9"),
     *[({name: -1}, name) for name in ("window_overlap", "context_tokens", "train_batch_tokens")],
     *[({"seed": value}, "seed") for value in (-1, 1.5, 2**64)],
     *[({"warmup_steps": value}, "warmup_steps") for value in (-1, 0.5)],
     ({"warmup_ratio": 1.01}, "warmup_ratio must be between 0 and 1"),
-    *[({name: 1.0}, f"{name} must be below 1") for name in ("adam_beta1", "adam_beta2")],
+    *[
+        ({name: 1.0}, f"{name} must be below 1")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+    ],
     ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
     ({"num_train_epochs": 1e308}, "num_train_epochs must be at most"),
     ({"metric_for_best_model": "accuracy_"}, "metric_for_best_model 'accuracy_' is not measured"),
@@ -320,6 +329,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"validation_file": "y"}, "validation_file needs train_file"),
     ({"test_file": "y"}, "test_file needs train_file"),
     ({"load_best_model_at_end": True, "eval_strategy": "no"}, "needs eval_strategy"),
+    ({"early_stopping_patience": 1, "eval_strategy": "no"}, "needs eval_strategy steps or epoch"),
+    ({"early_stopping_threshold": 0.1}, "early_stopping_threshold needs early_stopping_patience"),
 ]
 
 
@@ -346,6 +357,7 @@ def test_train_config_refuses(values: dict[str, Any], pattern: str) -> None:
         {"metric_for_best_model": "eval_f1"},
         {"train_file": "a", "validation_file": "b", "test_file": "c"},
         {"load_best_model_at_end": True},
+        {"early_stopping_patience": 1, "early_stopping_threshold": 0},
         {"save_total_limit": None},
     ],
 )

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from torch import nn
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor, nn
 
+from bertner import progress
+from bertner.batches import Schedule, collate, epoch_order
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.errors import CheckpointError, NotFiniteError, UsageError
-from bertner.loop import TrainState, dropout_seed, evaluate, learning_rate_at, train
-from bertner.model import BertForNER
+from bertner.loop import (
+    TrainState,
+    class_weights,
+    dropout_seed,
+    evaluate,
+    learning_rate_at,
+    train,
+)
+from bertner.model import BertForNER, BertSelfAttention
+from bertner.optimizer import build_optimizer
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
 from tests.conftest import REPOSITORY, write_conll
@@ -98,6 +112,79 @@ def test_the_same_run_twice_is_the_same_to_the_bit(parts: Parts) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_class_weights(parts: Parts) -> None:
+    rows = parts[1]
+    labels = rows.labels[rows.labels != -100]
+    names = np.array(rows.label_set.names)
+    assert rows.label_counts.tolist() == [int((labels == k).sum()) for k in range(7)]
+    assert class_weights(rows, "none") == {}
+    # The data have no I-LOC: it weighs nothing, and the others as if there were no such label.
+    present = np.unique(labels)
+    assert names[np.setdiff1d(np.arange(7), present)] == ["I-LOC"]
+    balanced, root = class_weights(rows, "balanced"), class_weights(rows, "sqrt")
+    assert list(balanced) == list(root) == names.tolist()
+    assert balanced["I-LOC"] == root["I-LOC"] == 0.0
+    theirs = compute_class_weight("balanced", classes=present, y=labels)
+    assert [balanced[name] for name in names[present]] == pytest.approx(theirs)
+    assert root["B-PER"] / root["O"] == pytest.approx((balanced["B-PER"] / balanced["O"]) ** 0.5)
+    for weights in (balanced, root):
+        assert np.mean([weights[name] for name in names[labels]]) == pytest.approx(1.0)
+    nothing = replace(rows, labels=np.full_like(rows.labels, -100))
+    assert set(class_weights(nothing, "balanced").values()) == {0.0}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_loss_of_weighted_steps(parts: Parts, packing: bool) -> None:
+    """Their tokens' weighted mean; what is evaluated is neither weighted nor smoothed."""
+    model, rows, dev = parts
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, BertSelfAttention):
+            module.dropout_prob = 0.0
+    # A row of one label, and a frequent one, so that its weight is below 1, as no count can be.
+    labels = rows.labels.copy()
+    labels[: rows.rows.starts[1]] = -100
+    labels[0] = rows.label_set.outside
+    rows = replace(rows, labels=labels)
+    watched = Losses()
+    config = TrainConfig(
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        learning_rate=0.0,
+        packing=packing,
+        class_weights="balanced",
+        label_smoothing_factor=0.2,
+    )
+    result = train(model, rows, config, evaluation=dev, watcher=watched)
+    weight_of = np.array(list(class_weights(rows, "balanced").values()))
+    expected, total_weights = [], []
+    with torch.inference_mode():
+        for row in epoch_order(len(rows), config.seed, 0):
+            batch = collate(rows, [row], model.device)
+            logits = model(batch.input_ids, batch.attention_mask).logits
+            gold = batch.labels[batch.labels != -100]
+            losses = F.cross_entropy(
+                logits[batch.labels != -100], gold, reduction="none", label_smoothing=0.2
+            )
+            weights = weight_of[gold.numpy()]
+            expected.append(np.average(losses.numpy(), weights=weights))
+            total_weights.append(weights.sum())
+        batch = collate(dev, range(len(dev)), model.device)
+        logits = model(batch.input_ids, batch.attention_mask).logits
+        plain = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    assert watched.loss == pytest.approx(expected, rel=1e-5)
+    assert 0.0 < min(total_weights) < 1.0
+    assert result.evaluation is not None
+    assert result.evaluation.loss == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_without_class_weights_no_label_is_counted(parts: Parts) -> None:
+    model, rows, _ = parts
+    train(model, rows, TrainConfig(max_steps=1))
+    assert "label_counts" not in vars(rows)
+
+
 def test_watching_changes_nothing(parts: Parts) -> None:
     model, rows, dev = parts
     twin = copy.deepcopy(model)
@@ -135,7 +222,7 @@ def test_train_goes_on_from_a_state(parts: Parts, packing: bool, stop_at: int) -
     part = train(
         broken, rows, config, watcher=watched, should_stop=lambda: len(watched.loss) == stop_at
     )
-    assert part.stopped
+    assert (part.stopped, part.stopped_early) == (True, False)
     assert part.step == part.state.step == stop_at
     fresh.load_state_dict(broken.state_dict())
     result = train(fresh, rows, config, state=part.state)
@@ -227,9 +314,136 @@ def test_the_best_is_always_saved(parts: Parts) -> None:
     assert result.best_step == best[-1]
 
 
-def test_best_without_validation_is_refused(parts: Parts) -> None:
-    with pytest.raises(UsageError, match="needs validation data"):
-        train(parts[0], parts[1], TrainConfig(load_best_model_at_end=True))
+@pytest.mark.parametrize(
+    "settings", [{"load_best_model_at_end": True}, {"early_stopping_patience": 1}]
+)
+def test_what_needs_validation_data_is_refused_without(
+    parts: Parts, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(settings))} needs validation data"):
+        train(parts[0], parts[1], TrainConfig(**settings))
+
+
+class _Scored:
+    """An evaluation of which only the scores matter."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def metrics(self) -> dict[str, float]:
+        return {"f1": self.value, "loss": self.value}
+
+
+def score_with(monkeypatch: pytest.MonkeyPatch, values: Sequence[float]) -> None:
+    """Lets the evaluations to come find these values."""
+    scores = iter(values)
+    monkeypatch.setattr(progress, "evaluate", lambda *args, **kwargs: _Scored(next(scores)))
+
+
+def stops_in_transformers(values: Sequence[float], config: TrainConfig) -> int:
+    """The evaluation, from 1, after which the Trainer's callback ends training."""
+    callback = transformers.EarlyStoppingCallback(
+        config.early_stopping_patience, config.early_stopping_threshold
+    )
+    arguments = SimpleNamespace(
+        metric_for_best_model=config.metric_for_best_model,
+        greater_is_better=config.metric_for_best_model != "loss",
+    )
+    state, control = SimpleNamespace(best_metric=None), SimpleNamespace(should_training_stop=False)
+    better = max if arguments.greater_is_better else min
+    for number, value in enumerate(values, 1):
+        metrics = {f"eval_{config.metric_for_best_model}": value}
+        callback.on_evaluate(arguments, state, control, metrics)
+        if control.should_training_stop:
+            return number
+        # As the Trainer does after each evaluation.
+        state.best_metric = value if number == 1 else better(value, state.best_metric)
+    return len(values)
+
+
+def test_it_stops_early_where_the_trainer_does(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows, dev = parts
+    rng = np.random.default_rng(3)
+    found: list[int] = []
+    for _ in range(100):
+        values = rng.choice([0.1, 0.2, 0.25, 0.3, 0.5], 12).tolist()
+        config = TrainConfig(
+            max_steps=12,
+            eval_strategy="steps",
+            eval_steps=1,
+            metric_for_best_model=str(rng.choice(["f1", "loss"])),
+            early_stopping_patience=int(rng.integers(1, 5)),
+            early_stopping_threshold=float(rng.choice([0.0, 0.1, 0.2])),
+        )
+        score_with(monkeypatch, values)
+        optimizer = build_optimizer(model, config)
+        schedule = Schedule(rows.row_lengths, config)
+        run = progress.Progress(config, model, optimizer, schedule, dev, None, None, lambda: False)
+        while not run.finished:
+            run.after_step(1.0, 1.0, 1e-5, 1)
+        result = run.result()
+        found.append(stops_in_transformers(values, config))
+        assert result.step == found[-1], (values, config)
+        assert (result.stopped, result.stopped_early) == (False, result.step < 12)
+        assert result.total_steps == 12
+    assert len(set(found)) > 5
+
+
+# No score rises by more than 1: the second evaluation is the first that counts against the run.
+HOPELESS = {
+    "early_stopping_threshold": 1.0,
+    "max_steps": 12,
+    "learning_rate": 1e-3,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+
+
+def test_a_run_that_stops_early_is_carried_on_to_the_same_step(parts: Parts) -> None:
+    model, rows, dev = parts
+    fresh = copy.deepcopy(model)
+    config = TrainConfig(early_stopping_patience=2, save_strategy="steps", save_steps=1, **HOPELESS)
+    saved: list[tuple[TrainState, dict[str, Tensor]]] = []
+
+    def save(state: TrainState) -> None:
+        saved.append(copy.deepcopy((state, model.state_dict())))
+
+    watched = Losses()
+    result = train(model, rows, config, evaluation=dev, watcher=watched, save=save)
+    assert result.stopped_early
+    assert [state.step for state, _ in saved] == [1, 2, 3, 4, 5, 6]
+    # The rate is still that of the steps that were planned.
+    assert watched.learning_rate == [learning_rate_at(step, 1e-3, 0, 12) for step in range(6)]
+    for state, weights in saved:
+        fresh.load_state_dict(weights)
+        watched = Losses()
+        again = train(fresh, rows, config, evaluation=dev, watcher=watched, state=state)
+        assert len(watched.loss) == 6 - state.step, "from the last, there is nothing left to do"
+        assert (again.step, again.stopped_early, again.loss) == (6, True, result.loss)
+        for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("save_strategy", "steps"), [("epoch", [3, 4]), ("steps", [4]), ("no", [])]
+)
+def test_where_it_stops_early_it_saves_as_at_the_end(
+    parts: Parts, save_strategy: str, steps: list[int]
+) -> None:
+    model, rows, dev = parts
+    config = TrainConfig(early_stopping_patience=1, save_strategy=save_strategy, **HOPELESS)
+    saved: list[int] = []
+    train(model, rows, config, evaluation=dev, save=lambda state: saved.append(state.step))
+    assert saved == steps
+
+
+def test_stopping_early_at_the_last_step_is_no_stopping_early(parts: Parts) -> None:
+    model, rows, dev = parts
+    config = TrainConfig(**{**HOPELESS, "max_steps": 4}, early_stopping_patience=1)
+    result = train(model, rows, config, evaluation=dev)
+    assert (result.step, result.stopped_early) == (4, False)
 
 
 def poison_weight(model: BertForNER) -> None:

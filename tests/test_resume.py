@@ -209,6 +209,7 @@ OTHER_WAYS = {
     "no regular saves": ["--save_strategy", "no"],
     "no saves, last weights kept": ["--save_strategy", "no", "--load_best_model_at_end", "false"],
     "no evaluation": ["--eval_strategy", "no", "--load_best_model_at_end", "false"],
+    "another loss": ["--class_weights", "sqrt", "--label_smoothing_factor", "0.1"],
     "part of an epoch": ["--max_steps", "16", "--save_strategy", "epoch"],
 }
 
@@ -230,6 +231,83 @@ def test_stopped_twice_in_other_ways_of_training(
     logs = [(tmp_path / x / "metrics.jsonl").read_text().splitlines() for x in ("a", "b")]
     events = [[without_clocks(json.loads(line)) for line in log] for log in logs]
     assert events[0] == events[1]
+
+
+def test_a_run_that_stops_early(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the fourth evaluation, of step 16, where no save is due otherwise."""
+    early = ["--early_stopping_patience", "3", "--early_stopping_threshold", "1"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train_main([*arguments, *early, "--output_dir", str(whole)]) == 0
+    told = (
+        "stopped early after step 16 of 18 planned; evaluations in a row that did not improve on "
+        "the best f1 by more than 1: 3"
+    )
+    errors = capsys.readouterr().err
+    assert errors.count(told) == 1
+    assert "the last weights are kept" not in errors
+    card = (whole / "README.md").read_text()
+    assert f"- {told}\n" in card
+    assert "linear decay to zero at step 18, 0 warmup steps" in card
+    assert "epochs: 5.33333, steps: 16" in card
+    expected = outcome(whole)
+    assert expected["results"]["step"] == 16
+    assert expected["last checkpoint"] == "checkpoint-16"
+    assert "finished" in json.loads((whole / "run.json").read_text())
+    assert train_main(["--verify", str(whole)]) == 0
+
+    for module, name, call in [
+        (loop, "dropout_seed", 14),  # in step 7
+        (evaluation, "packed_by_length", 2),  # in the evaluation of step 12
+        (checkpoint, "_write_manifest", 2),  # in the save of step 16
+        (evaluation, "packed_by_length", 2),  # in the scoring of the test data
+    ]:
+        with monkeypatch.context() as patch:
+            send_once(patch, module, name, signal.SIGTERM, call)
+            assert train_main([*arguments, *early]) == 75
+    capsys.readouterr()
+    assert train_main([*arguments, *early]) == 0
+    errors = capsys.readouterr().err
+    assert "carrying on after step 16 of 18" in errors
+    assert told in errors
+    assert outcome(out) == expected
+
+    named = ["--resume_from_checkpoint", str(out / "checkpoint-16")]
+    other = tmp_path / "other"
+    assert train_main([*arguments, *early, *named, "--output_dir", str(other)]) == 0
+    assert outcome(other)["weights"] == expected["weights"]
+    assert outcome(other)["results"] == expected["results"]
+    # With more patience it is another run.
+    more = ["--early_stopping_patience", "4", "--output_dir", str(tmp_path / "more"), *named]
+    capsys.readouterr()
+    assert train_main([*arguments, *early, *more]) == 78
+    assert "early_stopping_patience 3 -> 4" in capsys.readouterr().err
+    assert train_main([*arguments, *early, *more, "--allow_inexact_resume"]) == 0
+    assert outcome(tmp_path / "more")["results"]["step"] == 18
+
+
+def test_stopping_early_makes_the_evaluations_part_of_the_run(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    last = ["--load_best_model_at_end", "false"]
+    patient = [*arguments, *last, "--early_stopping_patience", "9"]
+    stop_after(monkeypatch, patient)
+    errors = capsys.readouterr().err
+    assert "the last weights are kept; --load_best_model_at_end keeps the best" in errors
+    assert train_main([*patient, "--eval_steps", "5"]) == 78
+    assert "eval_steps 4 -> 5" in capsys.readouterr().err
+    assert train_main([*arguments, *last, "--eval_steps", "5"]) == 78
+    errors = capsys.readouterr().err
+    assert "eval_steps 4 -> 5; " in errors
+    assert "early_stopping_patience 9 -> none" in errors
+    assert train_main(patient) == 0
 
 
 def test_a_stop_while_the_test_data_are_scored_when_nothing_was_saved(
@@ -341,6 +419,7 @@ def stop_after(
         (["--per_device_train_batch_size", "8"], ["per_device_train_batch_size 4 -> 8"]),
         (["--seed", "43"], ["seed 42 -> 43", "first weights SHA-256"]),
         (["--max_steps", "20"], ["max_steps -1 -> 20"]),
+        (["--class_weights", "sqrt"], ["class_weights none -> sqrt"]),
         (["--metric_for_best_model", "loss"], ["metric_for_best_model f1 -> loss"]),
         (["--no-label_all_tokens"], ["label_all_tokens True -> False"]),
         ("train data", ["train data SHA-256"]),

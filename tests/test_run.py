@@ -129,8 +129,13 @@ def test_transformers_uses_the_folder(
         assert entity["text"] == text[entity["start"] : entity["end"]]
 
 
-def test_the_model_card_reads_back(arguments: list[str], tmp_path: Path) -> None:
-    assert train_main([*arguments, "--warmup_ratio", "0.1", "--max_grad_norm", "0.7"]) == 0
+def test_the_model_card_reads_back(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--warmup_ratio", "0.1", "--max_grad_norm", "0.7", "--label_smoothing_factor", "0.1"]
+    extra += ["--class_weights", "sqrt"]
+    assert train_main([*arguments, *extra]) == 0
+    assert "class weights: O 0.693, B-LOC 1.32, I-LOC 0, " in capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "transformers"
@@ -152,7 +157,8 @@ def test_the_model_card_reads_back(arguments: list[str], tmp_path: Path) -> None
         *["4 warmup steps", "epsilon 1e-08", "seed: 42", "learning_rate: 0.005"],
         *["Tagger.from_pretrained", "pipeline(", "### Validation", "### Test", "| PER |"],
         *["Word level", "Subword level", record["data"]["train"]["sha256"][:16], "cased"],
-        "rows: packed",
+        *["rows: packed", "mean over labelled tokens, label_smoothing_factor 0.1, class_weights "],
+        "class_weights sqrt: `O` 0.693, `B-LOC` 1.32, `I-LOC` 0, ",
     ):
         assert fact in text, fact
     for unfilled in ("More information needed", "TODO", "None", "nan", "{"):
@@ -450,7 +456,9 @@ def test_without_validation_data(
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert not [name for name in results if name.startswith(("eval_", "test_"))]
     assert "Not evaluated" in (tmp_path / "out" / "README.md").read_text()
-    assert train_main([*kept, "--load_best_model_at_end", "--overwrite_output_dir"]) == 2
+    for needy in (["--load_best_model_at_end"], ["--early_stopping_patience", "1"]):
+        assert train_main([*kept, *needy, "--overwrite_output_dir"]) == 2
+        assert f"{needy[0][2:]} needs validation data: give --val" in capsys.readouterr().err
 
 
 def test_padded_rows_and_the_choice_of_products(

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from transformers.trainer_pt_utils import LabelSmoother
 
 from bertner.config import ACTIVATIONS, BertConfig
 from bertner.hub import find_model
-from bertner.model import BertForNER
+from bertner.model import BertForNER, token_loss
 from tests.conftest import MINILM, needs_minilm
 from tests.parity.trainer import relative_difference
 
@@ -129,6 +131,48 @@ def test_training_mode_draws_the_same_dropout(seed: int, attention: str) -> None
         after_theirs = torch.rand(3)
         assert (ours.logits - theirs.logits).abs().max() <= 1e-5
         assert torch.equal(after_ours, after_theirs), "as many random numbers were drawn"
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("shape", [(3, 7, 5), (21, 5)], ids=["padded", "packed"])
+def test_smoothed_loss(shape: tuple[int, ...], epsilon: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = 4 * torch.randn(shape, generator=generator)
+    labels = torch.randint(5, shape[:-1], generator=generator)
+    labels[torch.rand(shape[:-1], generator=generator) < 0.4] = -100
+    losses = token_loss(logits, labels, "none", epsilon)
+    assert losses.shape == labels.shape
+    assert (losses[labels == -100] == 0).all()
+    mean = token_loss(logits, labels, "mean", epsilon)
+    labelled = (labels != -100).sum()
+    assert mean.item() == pytest.approx((losses.sum() / labelled).item(), rel=1e-6)
+    total = token_loss(logits, labels, "sum", epsilon)
+    assert total.item() == pytest.approx(losses.sum().item(), rel=1e-6)
+    theirs = LabelSmoother(epsilon)({"logits": logits}, labels)
+    assert mean.item() == pytest.approx(theirs.item(), rel=1e-6)
+    # Written out.
+    scores = logits[labels != -100].double().log_softmax(-1)
+    nll = -scores.gather(1, labels[labels != -100][:, None]).sum()
+    expected = (1 - epsilon) * nll - epsilon * scores.mean(-1).sum()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", [(3, 7, 5), (21, 5)], ids=["padded", "packed"])
+def test_weighted_loss(shape: tuple[int, ...], reduction: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    logits = 4 * torch.randn(shape, generator=generator)
+    labels = torch.randint(5, shape[:-1], generator=generator)
+    labels[torch.rand(shape[:-1], generator=generator) < 0.4] = -100
+    weights = torch.tensor([0.3, 2.0, 0.0, 1.0, 17.0])
+    ours = token_loss(logits, labels, reduction, label_weights=weights)
+    flat = logits.flatten(0, -2), labels.flatten()
+    theirs = F.cross_entropy(*flat, weights, reduction=reduction)
+    assert torch.allclose(ours.flatten(), theirs, rtol=1e-6)
+    # Smoothed: the weight is that of the token's label, whatever its target is spread over.
+    smoothed = token_loss(logits, labels, "none", 0.3)
+    expected = torch.where(labels == -100, 0.0, smoothed * weights[labels.clamp(min=0)])
+    assert torch.equal(token_loss(logits, labels, "none", 0.3, weights), expected)
 
 
 def test_state_dict_keys_shapes_and_dtypes_are_those_of_transformers() -> None:

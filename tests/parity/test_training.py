@@ -78,6 +78,21 @@ def test_tiny_model_trains_to_the_same_bits(tmp_path: Path, settings: dict[str, 
 
 
 @pytest.mark.parametrize("packing", [True, False])
+def test_label_smoothing_is_the_trainers(tmp_path: Path, packing: bool) -> None:
+    """Dropout is off, so that packed rows can be compared too."""
+    base = write_model_folder(
+        tmp_path / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    config = TrainConfig(learning_rate=1e-3, label_smoothing_factor=0.2, packing=packing)
+    files = [write_conll(tmp_path / f"{k}.txt", 30, seed=k) for k in range(2)]
+    model, tokenizer, rows, _ = _load(base, *files, tmp_path / "start", config)
+    ours = Losses()
+    train(model, rows, config, watcher=ours)
+    trainer = train_with_trainer(tmp_path / "start", rows, tokenizer, config, tmp_path / "out")
+    assert relative_difference(ours.loss, trainer.recorded) <= 1e-5
+
+
+@pytest.mark.parametrize("packing", [True, False])
 def test_evaluation_equals_the_trainers(tmp_path: Path, packing: bool) -> None:
     config = TrainConfig(learning_rate=3e-3, num_train_epochs=4, packing=False)
     base = write_model_folder(tmp_path / "base")
@@ -104,14 +119,21 @@ def test_evaluation_equals_the_trainers(tmp_path: Path, packing: bool) -> None:
     assert ours["accuracy"] == pytest.approx(accuracy_score(gold, found), abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "objective", [{}, {"class_weights": "balanced", "label_smoothing_factor": 0.1}]
+)
 @pytest.mark.parametrize("packing", [True, False])
-def test_splitting_a_batch_changes_nothing(tmp_path: Path, packing: bool) -> None:
+def test_splitting_a_batch_changes_nothing(
+    tmp_path: Path, packing: bool, objective: dict[str, object]
+) -> None:
     """Accumulation: 1 x 12 and 4 x 3 sentences are the same step (the Trainer's are not)."""
     base = write_model_folder(
         tmp_path / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     files = [write_conll(tmp_path / f"{k}.txt", 34, seed=k) for k in range(2)]
-    whole = TrainConfig(per_device_train_batch_size=12, learning_rate=1e-3, packing=packing)
+    whole = TrainConfig(
+        per_device_train_batch_size=12, learning_rate=1e-3, packing=packing, **objective
+    )
     parts = replace(whole, per_device_train_batch_size=3, gradient_accumulation_steps=4)
     model, _, rows, _ = _load(base, *files, tmp_path / "start", whole)
     twin = copy.deepcopy(model)

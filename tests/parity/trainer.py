@@ -117,6 +117,7 @@ def train_with_trainer(
         adam_epsilon=config.adam_epsilon,
         eval_steps=config.eval_steps,
         max_grad_norm=config.max_grad_norm,
+        label_smoothing_factor=config.label_smoothing_factor,
         seed=config.seed,
         use_cpu=True,
         report_to=[],
