@@ -1,0 +1,350 @@
+"""What each part of the `best` recipe adds, and what was tried and left out; over several seeds.
+
+Variants are settings over the card's recipe. Each is trained with each seed, on the training split
+alone, and scored on the validation split under every way of deciding words, which takes no other
+training. Runs are kept as lines of a file, so that a list can be added to, or done in parts:
+
+    python -m benchmarks.ablation run --data $DATA --runs runs.jsonl
+    python -m benchmarks.ablation time --data $DATA --runs runs.jsonl
+    python -m benchmarks.ablation report --runs runs.jsonl --name ablation_minilm
+
+`--model FOLDER` takes any other model; `--test` scores the test split too, for a list that is
+settled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import MINILM
+from benchmarks.machine import provenance, write_result
+from bertner import loop
+from bertner.config import RECIPES, TrainConfig
+from bertner.data import labels_for, tokenize
+from bertner.evaluation import Evaluation, evaluate
+from bertner.hub import find_model
+from bertner.loop import train
+from bertner.model import BertForNER
+from bertner.optimizer import AdamW, build_optimizer
+from bertner.progress import StepReport
+from bertner.readers import read_file
+from bertner.tokenizer import Tokenizer
+
+RATE = {"learning_rate": 1e-4, "warmup_ratio": 0.1}
+WINDOWS = {**RATE, "context": "document", "max_seq_length": 128, "train_batch_tokens": 171}
+BEST = {name: RECIPES["best"][name] for name in RECIPES["best"] if name != "output_dir"}
+
+# Settings by name. Those in capitals are no settings of bertner: this script does them.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "card": {},
+    "rate": RATE,
+    "windows": WINDOWS,
+    "best": BEST,
+    # Other windows
+    "windows of 64": {**WINDOWS, "max_seq_length": 64},
+    "windows of 256": {**WINDOWS, "max_seq_length": 256},
+    "windows of 512": {**WINDOWS, "max_seq_length": 512},
+    "32 tokens of context": {**WINDOWS, "context_tokens": 32},
+    "a sentence and 64 tokens each side": {
+        **RATE,
+        "context": "document",
+        "context_unit": "sentence",
+        "context_tokens": 64,
+    },
+    # Other rates
+    "rate 5e-5": {**WINDOWS, "learning_rate": 5e-5},
+    "rate 2e-4": {**WINDOWS, "learning_rate": 2e-4},
+    "rate 3e-4": {**WINDOWS, "learning_rate": 3e-4},
+    "layer decay 0.9": {**WINDOWS, "LAYER_DECAY": 0.9},
+    # Other losses
+    "first wordpieces": {**WINDOWS, "label_all_tokens": False},
+    "label smoothing": {**WINDOWS, "label_smoothing_factor": 0.1},
+    "class weights": {**WINDOWS, "class_weights": "sqrt"},
+    # Other regularisation
+    "no dropout": {**WINDOWS, "DROPOUT": 0.0},
+    "averaged weights": {**WINDOWS, "AVERAGE": 0.998},
+    # Other batches
+    "batches of 128 tokens": {**WINDOWS, "train_batch_tokens": 128},
+    "batches of 342 tokens": {**WINDOWS, "train_batch_tokens": 342},
+}
+
+DECIDING = {
+    "argmax": {},
+    "viterbi": {"decoding": "viterbi"},
+    "all": {"word_decision": "all"},
+    "all, viterbi": {"word_decision": "all", "decoding": "viterbi"},
+}
+
+
+class _Average:
+    """Keeps an exponential moving average of the weights; a `progress.Watcher`."""
+
+    EVERY = 10  # steps, which makes its cost a tenth and the average no other
+
+    def __init__(self, model: BertForNER, decay: float) -> None:
+        self.parameters = list(model.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.decay = decay**self.EVERY
+
+    @torch.no_grad()
+    def stepped(self, report: StepReport) -> None:
+        count = report.step // self.EVERY
+        if report.step % self.EVERY == 0:
+            # An average of few weights at first, so that the start is soon forgotten.
+            share = 1 - min(self.decay, count / (count + 9))
+            torch._foreach_lerp_(self.average, self.parameters, share)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Puts the average in the weights' place."""
+        torch._foreach_copy_(self.parameters, self.average)
+
+    def evaluating(self, num_rows: int) -> Callable[[int], None]:
+        raise AssertionError("nothing is evaluated")
+
+    def evaluated(self, step: int, epoch: float, evaluation: Evaluation, is_best: bool) -> None:
+        raise AssertionError("nothing is evaluated")
+
+
+@contextmanager
+def _layer_decay(decay: float) -> Iterator[None]:
+    """Lets the rate fall from layer to layer, from the head down, in runs within the context."""
+
+    class Scaled(AdamW):
+        def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                group["lr"] *= group["scale"]
+            super().step(closure)
+
+    def build(model: BertForNER, config: TrainConfig) -> AdamW:
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups: dict[tuple[float, int], list[torch.nn.Parameter]] = defaultdict(list)
+        for group in build_optimizer(model, config).param_groups:
+            for parameter in group["params"]:
+                parts = names[parameter].split(".")
+                depth = model.config.num_hidden_layers  # below the head: of the embeddings
+                if "layer" in parts:
+                    depth -= 1 + int(parts[parts.index("layer") + 1])
+                depth = -1 if parts[0] == "classifier" else depth
+                groups[group["weight_decay"], depth].append(parameter)
+        return Scaled(
+            [
+                {"params": parameters, "weight_decay": weight_decay, "scale": decay ** (depth + 1)}
+                for (weight_decay, depth), parameters in groups.items()
+            ],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+
+    loop.build_optimizer = build  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        loop.build_optimizer = build_optimizer
+
+
+class Lab:
+    """Data and model, read once.
+
+    Args:
+        model: As `--model` of bertner-train.
+        data: Folder that holds `conll2003/`.
+        test: Score the test split too.
+    """
+
+    def __init__(self, model: str, data: Path, test: bool) -> None:
+        self.name = model
+        self.folder = find_model(model).folder
+        files = {"train": "train", "validation": "valid", **({"test": "test"} if test else {})}
+        self.corpora = {
+            split: read_file(data / "conll2003" / f"{file}.txt") for split, file in files.items()
+        }
+        self.label_set = labels_for(self.corpora["train"])
+
+    def start(self, seed: int, dropout: float | None = None) -> tuple[BertForNER, Tokenizer]:
+        """The model as `bertner-train` begins with it."""
+        torch.manual_seed(seed)
+        id2label = dict(enumerate(self.label_set.names))
+        model = BertForNER.from_pretrained(self.folder, id2label=id2label)
+        if dropout is not None:
+            names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+            other = BertForNER(dataclasses.replace(model.config, **dict.fromkeys(names, dropout)))
+            other.load_state_dict(model.state_dict())
+            model = other
+        return model, Tokenizer.from_pretrained(self.folder, model.config)
+
+    def run(self, variant: str, seed: int, **changes: Any) -> dict[str, Any]:
+        """Trains a variant and scores it."""
+        settings = {**VARIANTS[variant], **changes}
+        dropout, average, decay = (
+            settings.pop(name, None) for name in ("DROPOUT", "AVERAGE", "LAYER_DECAY")
+        )
+        config = TrainConfig.from_dict(
+            {**settings, "seed": seed, "eval_strategy": "no", "load_best_model_at_end": False}
+        )
+        model, tokenizer = self.start(seed, dropout)
+        rows = tokenize(self.corpora["train"], tokenizer, self.label_set, config.reading)
+        watcher = None if average is None else _Average(model, average)
+        start = time.perf_counter()
+        with nullcontext() if decay is None else _layer_decay(decay):
+            result = train(model, rows, config, watcher=watcher)
+        seconds = time.perf_counter() - start
+        if watcher is not None:
+            watcher.take()
+        scores: dict[str, Any] = {}
+        for split in self.corpora.keys() - {"train"}:
+            for name, deciding in DECIDING.items():
+                if name.startswith("all") and not config.label_all_tokens:
+                    continue
+                plain = {"word_decision": "first", "decoding": "argmax"}
+                reading = dataclasses.replace(config.reading, **{**plain, **deciding})
+                dataset = tokenize(self.corpora[split], tokenizer, self.label_set, reading)
+                scores[f"{split}, {name}"] = _scores(evaluate(model, dataset))
+        return {
+            "variant": variant,
+            "settings": VARIANTS[variant],
+            "seed": seed,
+            "model": self.name,
+            "steps": result.step,
+            "num_tokens": round(result.tokens_per_second * result.step / result.steps_per_second),
+            "seconds": seconds,
+            "scores": scores,
+            **provenance(),
+        }
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "word_f1": evaluation.word.overall.f1,
+        "word_precision": evaluation.word.overall.precision,
+        "word_recall": evaluation.word.overall.recall,
+        "subword_f1": evaluation.subword.overall.f1,
+        "repaired": evaluation.num_repaired,
+        "per_type": {kind: score.f1 for kind, score in evaluation.word.per_type.items()},
+    }
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Does the runs that are not done yet, one seed after another: all variants of each."""
+    lab = Lab(options.model, options.data, options.test)
+    for seed in range(42, 42 + options.seeds):
+        for variant in options.variants:
+            done = {(r["variant"], r["seed"], r["model"]) for r in _read(options.runs)}
+            if (variant, seed, lab.name) in done:
+                continue
+            record = lab.run(variant, seed)
+            _append(options.runs, record)
+            shown = {name: round(s["word_f1"], 4) for name, s in record["scores"].items()}
+            print(variant, seed, f"{record['seconds']:.0f} s", shown, flush=True)
+
+
+def time_all(options: argparse.Namespace) -> None:
+    """Times a part of an epoch of each variant, in turn; nothing else may run on the machine."""
+    lab = Lab(options.model, options.data, test=False)
+    for round_ in range(options.rounds):
+        for variant in options.variants:
+            record = lab.run(variant, 42, max_steps=options.steps)
+            per_token = record["seconds"] / record["num_tokens"]
+            _append(options.runs, {"time_of": variant, "round": round_, "per_token": per_token})
+            print(variant, f"{1 / per_token:.0f} tokens/s", flush=True)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Prints the table and writes it to `results/`."""
+    records = _read(options.runs)
+    times: dict[str, dict[int, float]] = defaultdict(dict)
+    for record in records:
+        if "time_of" in record:
+            times[record["time_of"]][record["round"]] = record["per_token"]
+    runs = [record for record in records if "variant" in record]
+    rows = []
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        of_variant = [run for run in runs if run["variant"] == variant]
+        ratios = [
+            value / times["card"][round_]
+            for round_, value in times[variant].items()
+            if round_ in times["card"]
+        ]
+        row: dict[str, Any] = {
+            "variant": variant,
+            "settings": of_variant[0]["settings"],
+            "seeds": [run["seed"] for run in of_variant],
+            "steps": of_variant[0]["steps"],
+            "num_tokens": of_variant[0]["num_tokens"],
+            "time_of_card": statistics.median(ratios) if ratios else None,
+            "time_of_card_spread": [min(ratios), max(ratios)] if ratios else None,
+        }
+        for name in of_variant[0]["scores"]:
+            values = [run["scores"][name]["word_f1"] for run in of_variant]
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            row[name] = {"word_f1": values, "mean": statistics.mean(values), "std": deviation}
+            kinds = of_variant[0]["scores"][name]["per_type"]
+            row[name]["per_type"] = {
+                kind: statistics.mean(run["scores"][name]["per_type"][kind] for run in of_variant)
+                for kind in kinds
+            }
+            row[name]["subword_f1"] = statistics.mean(
+                run["scores"][name]["subword_f1"] for run in of_variant
+            )
+        rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row if ", " in name))
+    print("| variant | seeds | " + " | ".join(names) + " | time |")
+    print("|" + "---|" * (len(names) + 3))
+    for row in rows:
+        cells = [
+            f"{row[name]['mean']:.4f} ({row[name]['std'] or 0:.4f})" if name in row else "-"
+            for name in names
+        ]
+        ratio = "-" if row["time_of_card"] is None else f"{row['time_of_card']:.2f}"
+        print(f"| {row['variant']} | {len(row['seeds'])} | {' | '.join(cells)} | {ratio} |")
+    if options.name:
+        print(write_result(options.name, {"model": runs[0]["model"], "variants": rows}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=["run", "time", "report"])
+    parser.add_argument("--runs", type=Path, required=True, help="file that keeps what was done")
+    parser.add_argument("--data", type=Path, help="folder that holds conll2003/")
+    parser.add_argument("--model", default=MINILM)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of PyTorch; two runs of one each do more")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300, help="of each timing")
+    parser.add_argument("--test", action="store_true", help="score conll2003/test.txt too")
+    parser.add_argument("--name", help="write results/NAME.json")
+    options = parser.parse_args()
+    if options.command != "report" and options.data is None:
+        parser.error("--data is needed")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    {"run": run_all, "time": time_all, "report": report}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
