@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ from bertner.evaluation import Evaluation
 from bertner.metrics import EntityScores
 from bertner.progress import TrainResult
 from bertner.report import TABLE_COLUMNS
+
+# What `_limits` says of scores, which `card_of_seeds` knows better.
+_ONE_SEED = (
+    "Scores are of one run with one seed; expect other seeds to differ by some tenths of a point, "
+    "more on small data."
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,29 @@ def model_card(facts: RunFacts) -> str:
         "## Versions\n\n" + "\n".join(f"- {k} {v}" for k, v in facts.versions.items()),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def card_of_seeds(card: str, names: tuple[str, str], seeds: str, limits: str) -> str:
+    """The card of a run of several seeds: that of the one whose model is kept, and of the others.
+
+    Args:
+        card: What `model_card` wrote of the run that is kept.
+        names: Of the folder that the model was in, and of the one that it is in now.
+        seeds: What there is to say of all seeds, as Markdown.
+        limits: One sentence: whose scores are shown.
+    """
+    old, new = names
+    # In the metadata, the title and the examples; a JSON string is one in YAML and Python too.
+    quoted = json.dumps(new, ensure_ascii=False)
+    for before, after in (
+        (f"\n- name: {old}\n", f"\n- name: {quoted}\n"),
+        (f"\n# {old}\n", f"\n# {new}\n"),
+        (f'"{old}"', quoted),
+        (_ONE_SEED, limits),
+    ):
+        card = card.replace(before, after)
+    scores, heading, rest = card.partition("\n## Training data\n")
+    return f"{scores}\n## Seeds\n\n{seeds}\n{heading}{rest}"
 
 
 def data_name(source: str) -> str:
@@ -182,11 +212,12 @@ def _score_table(scores: EntityScores, title: str) -> str:
         [n, f"{s.precision:.4f}", f"{s.recall:.4f}", f"{s.f1:.4f}", str(s.num_gold)]
         for n, s in [*scores.per_type.items(), ("**all**", scores.overall)]
     ]
-    table = _table([title, "Precision", "Recall", "F1", "Entities"], rows)
+    table = markdown_table([title, "Precision", "Recall", "F1", "Entities"], rows)
     return f"{table}\n\nAccuracy over {scores.num_labels:,} labels: {scores.accuracy:.4f}."
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -213,7 +244,7 @@ def _data(facts: RunFacts) -> str:
         subset = " Only the first sentences of a source were used, as counted here."
     header = ["Split", "Source", "Documents", "Sentences", "Words", "Entities", "Tags", "SHA-256"]
     return (
-        _table(header, rows)
+        markdown_table(header, rows)
         + "\n\nThe hash begins the SHA-256 of the file, or of the words and tags of a dataset; "
         f"`run.json` has it whole.{subset} One pass over the training data is "
         f"{facts.num_train_tokens:,} tokens, special tokens included. Labels, in order: "
@@ -261,7 +292,11 @@ def _procedure(facts: RunFacts) -> str:
         for resume in facts.resumes
         if resume["differences"]
     ]
-    table = _table(TABLE_COLUMNS, facts.rows) if facts.rows else "Not evaluated during training."
+    table = (
+        markdown_table(TABLE_COLUMNS, facts.rows)
+        if facts.rows
+        else "Not evaluated during training."
+    )
     return (
         "\n".join(lines)
         + "\n\n"
@@ -282,6 +317,5 @@ def _limits(facts: RunFacts) -> str:
         "other text expect lower scores, and measure them (`bertner-eval`). Entities do not nest "
         f"or overlap. {case} Each sentence is read alone; one longer than {facts.max_length} "
         "tokens is read in parts. The data's errors and biases, such as which names it knows, are "
-        "the model's. Scores are of one run with one seed; expect other seeds to differ by some "
-        "tenths of a point, more on small data."
+        f"the model's. {_ONE_SEED}"
     )

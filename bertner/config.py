@@ -276,6 +276,9 @@ class TrainConfig:
     warmup_steps: int = _option(0, "steps of linear warmup; wins over warmup_ratio")
     warmup_ratio: float = _option(0.0, "share of all steps that is warmup")
     seed: int = _option(42, "draws the head, the order of the data and the dropout")
+    seeds: int = _option(
+        1, "train with N seeds, counting up from seed; keep the best on the validation data"
+    )
     # Machine
     packing: bool = _option(
         True, "batches of real tokens only; --no-packing pads them, as the Trainer does"
@@ -313,7 +316,7 @@ class TrainConfig:
             1: "per_device_train_batch_size per_device_eval_batch_size eval_batch_tokens "
             "gradient_accumulation_steps "
             "logging_steps eval_steps save_steps save_total_limit max_train_samples "
-            "max_eval_samples",
+            "max_eval_samples seeds",
             0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
             "warmup_steps warmup_ratio num_train_epochs seed",
             3: "max_seq_length",  # [CLS], one piece, [SEP]
@@ -358,6 +361,13 @@ class TrainConfig:
             raise UsageError("matmul onednn is for packed rows; leave out --no-packing")
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise UsageError("load_best_model_at_end needs eval_strategy steps or epoch")
+        if self.seed > 2**63 - self.seeds:
+            raise UsageError(f"seed {self.seed} leaves no room for {self.seeds} seeds below 2**63")
+        if self.seeds > 1 and self.resume_from_checkpoint:
+            raise UsageError(
+                "resume_from_checkpoint is for one seed: leave it out, and each of the seeds is "
+                "carried on from its newest checkpoint"
+            )
 
     def _check_type(self, item: dataclasses.Field[Any]) -> None:
         """Checks one value against its field's annotation; an integer is a fine float."""

@@ -19,7 +19,9 @@ from bertner.errors import UsageError
 from bertner.files import read_json
 from bertner.hub import ModelSource, find_model
 from bertner.hub_datasets import open_dataset
+from bertner.labels import LabelSet
 from bertner.model import BertForNER
+from bertner.output_dir import list_seeds
 from bertner.readers import check_file, open_file
 from bertner.tokenizer import Tokenizer
 
@@ -36,6 +38,11 @@ class Parts:
     model: BertForNER
     tokenizer: Tokenizer
 
+    def with_first_weights(self, config: TrainConfig) -> Parts:
+        """The same parts, with the first weights of another seed."""
+        label_set = self.datasets["train"].label_set
+        return dataclasses.replace(self, model=_first_model(config, self.source, label_set))
+
     def save_model(self, folder: Path) -> None:
         """Writes a complete model folder, as `transformers` would."""
         self.model.save_pretrained(folder)
@@ -49,13 +56,14 @@ def build_parts(config: TrainConfig, commit: str | None = None) -> Parts:
         config: All settings.
         commit: Take this commit of a model from the Hub, which may have moved on.
     """
-    device = find_device(config.device)
-    products_for(config, device)  # a choice that cannot be had here is said first
+    # A choice that cannot be had here is said first.
+    products_for(config, find_device(config.device))
     data = _find_data(config)
     revision = commit or config.model_revision
     source = find_model(config.model_name_or_path, revision, weights=False)
     folder, output_dir = source.folder.resolve(), Path(config.output_dir).resolve()
-    if folder == output_dir or folder in [path for _, path in list_checkpoints(output_dir)]:
+    runs = [output_dir, *(path for _, path in list_seeds(output_dir))]
+    if any(folder in (run, *(path for _, path in list_checkpoints(run))) for run in runs):
         raise UsageError(
             f"output_dir {config.output_dir} holds the model to start from; choose another folder"
         )
@@ -64,20 +72,23 @@ def build_parts(config: TrainConfig, commit: str | None = None) -> Parts:
     label_set = prepared["train"].dataset.label_set
     if source.commit is not None:
         find_model(source.name, source.commit)  # the weights too
-    # Seeded first, so that a new head is the same in every run with this seed.
-    torch.manual_seed(config.seed)
-    model = BertForNER.from_pretrained(
-        source.folder,
-        id2label=dict(enumerate(label_set.names)),
-        attn_implementation=config.attn_implementation,
-    ).to(device)
     return Parts(
         source,
         {split: each.summary for split, each in prepared.items()},
         {split: each.dataset for split, each in prepared.items()},
-        model,
+        _first_model(config, source, label_set),
         tokenizer,
     )
+
+
+def _first_model(config: TrainConfig, source: ModelSource, label_set: LabelSet) -> BertForNER:
+    # Seeded first, so that a new head is the same in every run with this seed.
+    torch.manual_seed(config.seed)
+    return BertForNER.from_pretrained(
+        source.folder,
+        id2label=dict(enumerate(label_set.names)),
+        attn_implementation=config.attn_implementation,
+    ).to(find_device(config.device))
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:
@@ -126,6 +137,8 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
             check_file(path)
     if config.load_best_model_at_end and "validation" not in data:
         raise UsageError("load_best_model_at_end needs validation data: give --validation_file")
+    if config.seeds > 1 and "validation" not in data:
+        raise UsageError("the best of several seeds needs validation data: give --validation_file")
     if config.eval_strategy != "no" and "validation" not in data:
         logger.warning("no validation data, so nothing is scored during training")
     return data
@@ -168,7 +181,7 @@ def _prepare_data(
     return prepared
 
 
-def announce(config: TrainConfig, parts: Parts, total_steps: int) -> None:
+def announce(config: TrainConfig, parts: Parts) -> None:
     """Says in the log what is about to be trained, on what and how."""
     source, model = parts.source, parts.model
     commit = f" at {source.commit[:12]}" if source.commit else ""
@@ -190,13 +203,15 @@ def announce(config: TrainConfig, parts: Parts, total_steps: int) -> None:
             corpus.source,
         )
     logger.info(
-        "%d steps on %s with %d threads, %s, rows %s, seed %d, into %s",
-        total_steps,
+        "%d steps on %s with %d threads, %s, rows %s, %s, into %s",
+        config.total_steps(len(parts.datasets["train"])),
         model.device,
         torch.get_num_threads(),
         config.dtype,
         "packed" if config.packing else f"padded, attention {config.attn_implementation}",
-        config.seed,
+        f"seed {config.seed}"
+        if config.seeds == 1
+        else f"each of the seeds {config.seed} to {config.seed + config.seeds - 1}",
         config.output_dir,
     )
     logger.info("matrix products: %s", products_for(config, model.device))

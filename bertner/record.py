@@ -27,9 +27,9 @@ PACKAGES = ["tokenizers", "safetensors", "numpy", "huggingface_hub", "datasets"]
 _FREE = (
     "model_name_or_path model_revision dataset_name dataset_config_name train_file validation_file "
     "test_file data_cache device logging_steps save_strategy save_steps save_total_limit "
-    "output_dir overwrite_output_dir resume_from_checkpoint allow_inexact_resume disable_tqdm"
+    "output_dir overwrite_output_dir resume_from_checkpoint allow_inexact_resume disable_tqdm seeds"
 ).split()
-# Settings that only watch, unless the best model is to be kept: they say which one that is.
+# Settings that only watch, unless the best model or seed is to be kept: they say which that is.
 _WATCHING = (
     "eval_strategy eval_steps eval_batch_tokens per_device_eval_batch_size metric_for_best_model"
 ).split()
@@ -150,7 +150,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
     """
     old, new = part_of(then, "config"), now["config"]
     free = set(_FREE)
-    if not old.get("load_best_model_at_end") and not new["load_best_model_at_end"]:
+    keeps_best = old.get("load_best_model_at_end") or new["load_best_model_at_end"]
+    if not keeps_best and new["seeds"] == 1:
         free |= set(_WATCHING)
     task = [
         f"{name} {_shown(old.get(name))} -> {_shown(value)}"

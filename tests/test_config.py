@@ -232,6 +232,8 @@ def _values_of(item: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         return st.sampled_from([*METRICS, *(f"eval_{name}" for name in METRICS)])
     if item.name == "load_best_model_at_end":
         return st.just(False)
+    if item.name == "seeds":
+        return st.just(1)  # more leave nothing to resume_from_checkpoint
     if item.name == "attn_implementation":
         return st.just("sdpa")  # eager is for padded rows alone
     if item.name == "matmul":
@@ -275,7 +277,8 @@ def test_train_config_survives_json(values: dict[str, Any]) -> None:
 
 INTEGERS_ABOVE_0 = (
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples"
+    "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples "
+    "seeds"
 ).split()
 FLOATS = (
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_ratio "
@@ -316,6 +319,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"validation_file": "y"}, "validation_file needs train_file"),
     ({"test_file": "y"}, "test_file needs train_file"),
     ({"load_best_model_at_end": True, "eval_strategy": "no"}, "needs eval_strategy"),
+    ({"seeds": 2, "seed": 2**63 - 1}, "leaves no room for 2 seeds"),
+    ({"seeds": 2, "resume_from_checkpoint": "x"}, "is for one seed: leave it out"),
 ]
 
 
@@ -339,6 +344,7 @@ def test_train_config_refuses(values: dict[str, Any], pattern: str) -> None:
         {"num_train_epochs": 0.01},
         {"max_seq_length": 3},
         {"seed": 2**63 - 1},
+        {"seed": 2**63 - 2, "seeds": 2},
         {"metric_for_best_model": "eval_f1"},
         {"train_file": "a", "validation_file": "b", "test_file": "c"},
         {"load_best_model_at_end": True},
