@@ -18,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
-from bertner import loop, run, seeds
+from bertner import loop, parts, run, seeds
 from bertner.checkpoint import list_checkpoints
 from bertner.cli import train_main
 from bertner.output_dir import RUN_FILES
@@ -205,8 +205,8 @@ def test_a_metric_that_is_not_in_the_table_and_no_test_data(
 ) -> None:
     at = arguments.index("--test_file")
     without = arguments[:at] + arguments[at + 2 :]
-    loss = ["--metric_for_best_model", "word_recall"]
-    assert train_main([*without, *SHORT, *loss]) == 0
+    recall = ["--metric_for_best_model", "word_recall"]
+    assert train_main([*without, *SHORT, *recall]) == 0
     assert "seed  eval_word_recall  eval_word_f1  eval_f1  eval_loss\n" in capsys.readouterr().out
     assert "| Seed | `eval_word_recall` | Validation word F1 |" in (out / "README.md").read_text()
     assert results_of(out)["seeds"]["best_by"] == "eval_word_recall"
@@ -486,16 +486,21 @@ def test_data_are_read_once(arguments: list[str], inputs: Path, tmp_path: Path) 
 def test_the_model_of_the_seed_before_has_left_the_memory(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_run, models, alive = run.train_run, [], []
+    first_model, train_run, models, alive = parts._first_model, run.train_run, [], []
 
-    def train_and_look(config: Any, parts: Any, *args: Any) -> None:
-        alive.append([model() is not None for model in models])
-        models.append(weakref.ref(parts.model))
-        train_run(config, parts, *args)
+    def make_and_note(*args: Any) -> Any:
+        model = first_model(*args)
+        models.append(weakref.ref(model))
+        return model
 
-    monkeypatch.setattr(seeds, "train_run", train_and_look)
+    def count_and_train(*args: Any) -> None:
+        alive.append(sum(model() is not None for model in models))
+        train_run(*args)
+
+    monkeypatch.setattr(parts, "_first_model", make_and_note)
+    monkeypatch.setattr(seeds, "train_run", count_and_train)
     assert train_main([*arguments, *SHORT, "--seeds", "3"]) == 0
-    assert alive == [[], [False], [False, False]]
+    assert alive == [1, 1, 1]
 
 
 def test_verify_says_which_folders_to_give(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
