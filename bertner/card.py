@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ from bertner.evaluation import Evaluation
 from bertner.metrics import EntityScores
 from bertner.progress import TrainResult
 from bertner.report import TABLE_COLUMNS
+
+# What `_limits` says of scores, which `card_of_seeds` knows better.
+_ONE_SEED = (
+    "Scores are of one run with one seed; expect other seeds to differ by some tenths of a point, "
+    "more on small data."
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,29 @@ def model_card(facts: RunFacts) -> str:
         "## Versions\n\n" + "\n".join(f"- {k} {v}" for k, v in facts.versions.items()),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def card_of_seeds(card: str, names: tuple[str, str], seeds: str, limits: str) -> str:
+    """The card of a run of several seeds: that of the one whose model is kept, and of the others.
+
+    Args:
+        card: What `model_card` wrote of the run that is kept.
+        names: Of the folder that the model was in, and of the one that it is in now.
+        seeds: What there is to say of all seeds, as Markdown.
+        limits: One sentence: whose scores are shown.
+    """
+    old, new = names
+    # In the metadata, the title and the examples; a JSON string is one in YAML and Python too.
+    quoted = json.dumps(new, ensure_ascii=False)
+    for before, after in (
+        (f"\n- name: {old}\n", f"\n- name: {quoted}\n"),
+        (f"\n# {old}\n", f"\n# {new}\n"),
+        (f'"{old}"', quoted),
+        (_ONE_SEED, limits),
+    ):
+        card = card.replace(before, after)
+    scores, heading, rest = card.partition("\n## Training data\n")
+    return f"{scores}\n## Seeds\n\n{seeds}\n{heading}{rest}"
 
 
 def data_name(source: str) -> str:
@@ -163,7 +193,7 @@ def _scores(facts: RunFacts) -> str:
         return "Not evaluated: the run had no validation or test data."
     parts = [
         "An entity counts as found if its first and last word and its type are right (the rule of "
-        "CoNLL-2003's `conlleval`). **Word level** decides each word by its first wordpiece and is "
+        f"CoNLL-2003's `conlleval`). **Word level** decides each word {_decision(facts)} and is "
         "what papers report. **Subword level** counts over labelled wordpieces, as cards made by "
         "the Hugging Face Trainer do; the two cannot be compared."
     ]
@@ -176,7 +206,36 @@ def _scores(facts: RunFacts) -> str:
             + "\n\n"
             + _score_table(evaluation.subword, "Subword level")
         )
+        if evaluation.num_repaired is not None:
+            parts.append(
+                f"Viterbi gave {evaluation.num_repaired:,} of {evaluation.word.num_labels:,} words "
+                "another label than their best one, so that every sequence is legal."
+            )
     return "\n\n".join(parts)
+
+
+def _decision(facts: RunFacts) -> str:
+    """How a word is decided."""
+    reading = facts.config.reading
+    pieces = "first wordpiece" if reading.word_decision == "first" else "wordpieces together"
+    if reading.decoding == "viterbi":
+        return f"by the scores of its {pieces} and the transitions that the tag scheme allows"
+    return f"by its {pieces}"
+
+
+def _rows(facts: RunFacts) -> str:
+    """What a row is."""
+    reading = facts.config.reading
+    if reading.context == "none":
+        text = f"a sentence each, up to {facts.max_length} tokens"
+    elif reading.context_unit == "window":
+        text = f"as many neighbouring sentences of a document as fit into {facts.max_length} tokens"
+    else:
+        text = f"a sentence each, up to {facts.max_length} tokens"
+    if reading.context != "none" and reading.context_tokens:
+        text += f", with up to {reading.context_tokens} tokens of the document on each side"
+    overlap = reading.overlap(facts.max_length - 2)
+    return f"{text}; longer sentences in parts that share up to {overlap} tokens"
 
 
 def _score_table(scores: EntityScores, title: str) -> str:
@@ -184,11 +243,12 @@ def _score_table(scores: EntityScores, title: str) -> str:
         [n, f"{s.precision:.4f}", f"{s.recall:.4f}", f"{s.f1:.4f}", str(s.num_gold)]
         for n, s in [*scores.per_type.items(), ("**all**", scores.overall)]
     ]
-    table = _table([title, "Precision", "Recall", "F1", "Entities"], rows)
+    table = markdown_table([title, "Precision", "Recall", "F1", "Entities"], rows)
     return f"{table}\n\nAccuracy over {scores.num_labels:,} labels: {scores.accuracy:.4f}."
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -215,7 +275,7 @@ def _data(facts: RunFacts) -> str:
         subset = " Only the first sentences of a source were used, as counted here."
     header = ["Split", "Source", "Documents", "Sentences", "Words", "Entities", "Tags", "SHA-256"]
     return (
-        _table(header, rows)
+        markdown_table(header, rows)
         + "\n\nThe hash begins the SHA-256 of the file, or of the words and tags of a dataset; "
         f"`run.json` has it whole.{subset} One pass over the training data is "
         f"{facts.num_train_tokens:,} tokens, special tokens included. Labels, in order: "
@@ -232,7 +292,11 @@ def _procedure(facts: RunFacts) -> str:
         if config.label_all_tokens
         else "the first wordpiece of a word"
     )
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    size, unit = config.per_device_train_batch_size, "sentences"
+    if config.train_batch_tokens is not None:
+        size, unit = config.train_batch_tokens, "tokens, about,"
+    accumulation = config.gradient_accumulation_steps
+    batch = f"{size} {unit} x {accumulation} micro-batches = {size * accumulation}"
     clipping = f"{config.max_grad_norm:g}" if config.max_grad_norm else "off"
     rows = "packed" if config.packing else f"padded, attention {config.attn_implementation}"
     loss = "cross-entropy, mean over labelled tokens"
@@ -247,18 +311,18 @@ def _procedure(facts: RunFacts) -> str:
     lines = [
         f"- learning_rate: {config.learning_rate:g}, linear decay to zero at step "
         f"{result.total_steps}, {warmup} warmup steps",
-        f"- train_batch_size: {config.per_device_train_batch_size} sentences x "
-        f"{config.gradient_accumulation_steps} micro-batches = {batch}",
+        f"- train_batch_size: {batch}",
         f"- eval_batch_size: {config.per_device_eval_batch_size}",
         f"- optimizer: AdamW, betas ({config.adam_beta1:g}, {config.adam_beta2:g}), "
         f"epsilon {config.adam_epsilon:g}",
         f"- weight_decay: {config.weight_decay:g}, none for biases and LayerNorm",
         f"- max_grad_norm: {clipping}",
-        f"- labelled: {labelling}",
+        f"- rows: {_rows(facts)}",
+        f"- labelled: {labelling}; decided: each word {_decision(facts)}",
         f"- training loss: {loss}",
         f"- epochs: {result.epoch:g}, steps: {result.step}",
         f"- seed: {config.seed}",
-        f"- dtype: {config.dtype}, rows: {rows}",
+        f"- dtype: {config.dtype}, rows {rows}",
         f"- kept weights: the {kept}: step {facts.kept_step}",
         f"- hardware: {facts.device}",
         f"- time: {result.runtime:.0f} s in all, {result.steps_per_second:.2f} steps/s, "
@@ -273,7 +337,11 @@ def _procedure(facts: RunFacts) -> str:
         for resume in facts.resumes
         if resume["differences"]
     ]
-    table = _table(TABLE_COLUMNS, facts.rows) if facts.rows else "Not evaluated during training."
+    table = (
+        markdown_table(TABLE_COLUMNS, facts.rows)
+        if facts.rows
+        else "Not evaluated during training."
+    )
     return (
         "\n".join(lines)
         + "\n\n"
@@ -294,6 +362,9 @@ def early_stop(config: TrainConfig, result: TrainResult) -> str:
 
 
 def _limits(facts: RunFacts) -> str:
+    alone = "Each sentence is read alone"
+    if facts.config.reading.context != "none":
+        alone = "Where documents are not marked each sentence is read alone: expect lower scores"
     case = (
         "It does not see capital letters: `us` and `US` are the same to it."
         if facts.lowercase
@@ -302,8 +373,7 @@ def _limits(facts: RunFacts) -> str:
     return (
         "For text like the training data, in its language and its conventions of annotation; on "
         "other text expect lower scores, and measure them (`bertner-eval`). Entities do not nest "
-        f"or overlap. {case} Each sentence is read alone; one longer than {facts.max_length} "
+        f"or overlap. {case} {alone}; one longer than {facts.max_length} "
         "tokens is read in parts. The data's errors and biases, such as which names it knows, are "
-        "the model's. Scores are of one run with one seed; expect other seeds to differ by some "
-        "tenths of a point, more on small data."
+        f"the model's. {_ONE_SEED}"
     )

@@ -138,8 +138,10 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
             return
         config, recipe = parse_train_config(arguments)
         from bertner.run import run_training
+        from bertner.seeds import run_seeds
 
-        run_training(config, recipe, sys.argv[1:] if arguments is None else arguments)
+        run = run_training if config.seeds == 1 else run_seeds
+        run(config, recipe, sys.argv[1:] if arguments is None else arguments)
 
     return _guarded("bertner-train", command)
 

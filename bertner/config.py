@@ -375,6 +375,9 @@ class TrainConfig:
         choices="none balanced sqrt",
     )
     seed: int = _option(42, "draws the head, the order of the data and the dropout")
+    seeds: int = _option(
+        1, "train with N seeds, counting up from seed; keep the best on the validation data"
+    )
     # Machine
     packing: bool = _option(
         True, "batches of real tokens only; --no-packing pads them, as the Trainer does"
@@ -417,7 +420,7 @@ class TrainConfig:
             1: "per_device_train_batch_size per_device_eval_batch_size eval_batch_tokens "
             "train_batch_tokens gradient_accumulation_steps "
             "logging_steps eval_steps save_steps save_total_limit max_train_samples "
-            "max_eval_samples early_stopping_patience",
+            "max_eval_samples early_stopping_patience seeds",
             0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
             "warmup_steps warmup_ratio num_train_epochs seed window_overlap context_tokens "
             "early_stopping_threshold label_smoothing_factor",
@@ -474,6 +477,13 @@ class TrainConfig:
             raise UsageError("early_stopping_patience needs eval_strategy steps or epoch")
         if self.early_stopping_threshold and not self.early_stopping_patience:
             raise UsageError("early_stopping_threshold needs early_stopping_patience")
+        if self.seed > 2**63 - self.seeds:
+            raise UsageError(f"seed {self.seed} leaves no room for {self.seeds} seeds below 2**63")
+        if self.seeds > 1 and self.resume_from_checkpoint:
+            raise UsageError(
+                "resume_from_checkpoint is for one seed: leave it out, and each of the seeds is "
+                "carried on from its newest checkpoint"
+            )
 
     def _check_type(self, item: dataclasses.Field[Any]) -> None:
         """Checks one value against its field's annotation; an integer is a fine float."""

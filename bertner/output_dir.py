@@ -6,8 +6,9 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,6 +45,35 @@ RUN_FILES = [
     "eval_results.json",
     RECORD,
 ]
+
+
+_SEED = re.compile(r"seed-(0|[1-9][0-9]{0,18})")
+
+
+def seed_folder(output_dir: Path, seed: int) -> Path:
+    """Where in the folder of a run of several seeds the run of one of them is."""
+    return output_dir / f"seed-{seed}"
+
+
+def list_seeds(output_dir: Path) -> list[tuple[int, Path]]:
+    """The folders that have the names of `seed_folder`, as (seed, folder), in order.
+
+    Raises:
+        OSError: The folder is there, but cannot be read.
+    """
+    paths = output_dir.iterdir() if output_dir.is_dir() else []
+    matches = [(_SEED.fullmatch(path.name), path) for path in paths]
+    return sorted(
+        (int(match[1]), path)
+        for match, path in matches
+        if match and path.is_dir() and not path.is_symlink()
+    )
+
+
+def is_of_seeds(record: Mapping[str, Any]) -> bool:
+    """Whether the record of a run, read from a file, is that of a run of several seeds."""
+    config = record.get("config")
+    return isinstance(config, dict) and config.get("seeds", 1) != 1
 
 
 @contextmanager
@@ -148,16 +178,26 @@ def find_run(output_dir: Path) -> dict[str, Any] | None:
 
 
 def remove_run(output_dir: Path) -> None:
-    """Removes a run's checkpoints and its other files; what else is in the folder stays.
+    """Removes a run's checkpoints, seeds and other files; what else is in the folder stays.
 
     Raises:
         StorageError: The disk fails.
     """
     try:
-        for _, folder in list_checkpoints(output_dir):
-            remove_checkpoint(folder)
-        for name in RUN_FILES:
-            files.remove(output_dir / name)
+        # Only such a run has seeds: other folders of that name are not its own.
+        if is_of_seeds(find_run(output_dir) or {}):
+            for _, folder in list_seeds(output_dir):
+                _remove_files(folder)
+                with suppress(OSError):  # one that is not empty stays
+                    folder.rmdir()
+        _remove_files(output_dir)
         files.sync_folder(output_dir)
     except OSError as error:
         raise StorageError(f"{output_dir}: {error.strerror or error}") from None
+
+
+def _remove_files(folder: Path) -> None:
+    for _, checkpoint in list_checkpoints(folder):
+        remove_checkpoint(checkpoint)
+    for name in RUN_FILES:
+        files.remove(folder / name)

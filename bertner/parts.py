@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bertner import kernels
+from bertner.batches import Schedule
 from bertner.checkpoint import list_checkpoints
 from bertner.config import BertConfig, TrainConfig
 from bertner.corpus import CorpusStream, CorpusSummary
@@ -20,8 +21,10 @@ from bertner.errors import UsageError
 from bertner.files import read_json
 from bertner.hub import ModelSource, find_model
 from bertner.hub_datasets import open_dataset
+from bertner.labels import LabelSet
 from bertner.loop import class_weights
 from bertner.model import BertForNER
+from bertner.output_dir import list_seeds
 from bertner.readers import check_file, open_file
 from bertner.tokenizer import Tokenizer
 
@@ -38,6 +41,15 @@ class Parts:
     model: BertForNER
     tokenizer: Tokenizer
 
+    def schedule(self, config: TrainConfig) -> Schedule:
+        """The steps that training takes."""
+        return Schedule(self.datasets["train"].row_lengths, config)
+
+    def with_first_weights(self, config: TrainConfig) -> Parts:
+        """The same parts, with the first weights of another seed."""
+        label_set = self.datasets["train"].label_set
+        return dataclasses.replace(self, model=_first_model(config, self.source, label_set))
+
     def save_model(self, folder: Path) -> None:
         """Writes a complete model folder, as `transformers` would."""
         self.model.save_pretrained(folder)
@@ -51,13 +63,14 @@ def build_parts(config: TrainConfig, commit: str | None = None) -> Parts:
         config: All settings.
         commit: Take this commit of a model from the Hub, which may have moved on.
     """
-    device = find_device(config.device)
-    products_for(config, device)  # a choice that cannot be had here is said first
+    # A choice that cannot be had here is said first.
+    products_for(config, find_device(config.device))
     data = _find_data(config)
     revision = commit or config.model_revision
     source = find_model(config.model_name_or_path, revision, weights=False)
     folder, output_dir = source.folder.resolve(), Path(config.output_dir).resolve()
-    if folder == output_dir or folder in [path for _, path in list_checkpoints(output_dir)]:
+    runs = [output_dir, *(path for _, path in list_seeds(output_dir))]
+    if any(folder in (run, *(path for _, path in list_checkpoints(run))) for run in runs):
         raise UsageError(
             f"output_dir {config.output_dir} holds the model to start from; choose another folder"
         )
@@ -66,21 +79,25 @@ def build_parts(config: TrainConfig, commit: str | None = None) -> Parts:
     label_set = prepared["train"].dataset.label_set
     if source.commit is not None:
         find_model(source.name, source.commit)  # the weights too
+    return Parts(
+        source,
+        {split: each.summary for split, each in prepared.items()},
+        {split: each.dataset for split, each in prepared.items()},
+        _first_model(config, source, label_set),
+        tokenizer,
+    )
+
+
+def _first_model(config: TrainConfig, source: ModelSource, label_set: LabelSet) -> BertForNER:
     # Seeded first, so that a new head is the same in every run with this seed.
     torch.manual_seed(config.seed)
     model = BertForNER.from_pretrained(
         source.folder,
         id2label=dict(enumerate(label_set.names)),
         attn_implementation=config.attn_implementation,
-    ).to(device)
+    ).to(find_device(config.device))
     model.config = dataclasses.replace(model.config, reading=config.reading)
-    return Parts(
-        source,
-        {split: each.summary for split, each in prepared.items()},
-        {split: each.dataset for split, each in prepared.items()},
-        model,
-        tokenizer,
-    )
+    return model
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:
@@ -130,6 +147,8 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, name) and "validation" not in data:
             raise UsageError(f"{name} needs validation data: give --validation_file")
+    if config.seeds > 1 and "validation" not in data:
+        raise UsageError("the best of several seeds needs validation data: give --validation_file")
     if config.eval_strategy != "no" and "validation" not in data:
         logger.warning("no validation data, so nothing is scored during training")
     return data
@@ -172,7 +191,7 @@ def _prepare_data(
     return prepared
 
 
-def announce(config: TrainConfig, parts: Parts, total_steps: int) -> None:
+def announce(config: TrainConfig, parts: Parts) -> None:
     """Says in the log what is about to be trained, on what and how."""
     source, model = parts.source, parts.model
     commit = f" at {source.commit[:12]}" if source.commit else ""
@@ -194,13 +213,15 @@ def announce(config: TrainConfig, parts: Parts, total_steps: int) -> None:
             corpus.source,
         )
     logger.info(
-        "%d steps on %s with %d threads, %s, rows %s, seed %d, into %s",
-        total_steps,
+        "%d steps on %s with %d threads, %s, rows %s, %s, into %s",
+        parts.schedule(config).total_steps,
         model.device,
         torch.get_num_threads(),
         config.dtype,
         "packed" if config.packing else f"padded, attention {config.attn_implementation}",
-        config.seed,
+        f"seed {config.seed}"
+        if config.seeds == 1
+        else f"each of the seeds {config.seed} to {config.seed + config.seeds - 1}",
         config.output_dir,
     )
     logger.info("matrix products: %s", products_for(config, model.device))

@@ -27,9 +27,9 @@ PACKAGES = ["tokenizers", "safetensors", "numpy", "huggingface_hub", "datasets"]
 _FREE = (
     "model_name_or_path model_revision dataset_name dataset_config_name train_file validation_file "
     "test_file data_cache device logging_steps save_strategy save_steps save_total_limit "
-    "output_dir overwrite_output_dir resume_from_checkpoint allow_inexact_resume disable_tqdm"
+    "output_dir overwrite_output_dir resume_from_checkpoint allow_inexact_resume disable_tqdm seeds"
 ).split()
-# Settings that only watch, unless they say which model is the best, to be kept, or when to stop.
+# Settings that only watch, unless they say which model or seed is the best, or when to stop.
 _WATCHING = (
     "eval_strategy eval_steps eval_batch_tokens per_device_eval_batch_size metric_for_best_model"
 ).split()
@@ -151,7 +151,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
     old, new = part_of(then, "config"), now["config"]
     free = set(_FREE)
     decide = ("load_best_model_at_end", "early_stopping_patience")
-    if not any(old.get(name) or new[name] for name in decide):
+    if new["seeds"] == 1 and not any(old.get(name) or new[name] for name in decide):
         free |= set(_WATCHING)
     task = [
         f"{name} {_shown(old.get(name))} -> {_shown(value)}"

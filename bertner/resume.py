@@ -22,7 +22,7 @@ from bertner.errors import (
 )
 from bertner.hub import is_commit
 from bertner.kernels import Products, keep_products
-from bertner.output_dir import find_run
+from bertner.output_dir import find_run, is_of_seeds
 from bertner.progress import TrainState
 from bertner.record import differences, machine_facts, part_of
 
@@ -66,6 +66,18 @@ def find_start(config: TrainConfig, output_dir: Path) -> Start:
     """
     record = find_run(output_dir)
     overwrite = config.overwrite_output_dir
+    if record is not None and is_of_seeds(record) != (config.seeds > 1):
+        if overwrite and config.resume_from_checkpoint is None:
+            return Start(replaces=True)
+        kind = (
+            "several seeds: give --seeds too"
+            if is_of_seeds(record)
+            else "one seed: leave out --seeds"
+        )
+        raise OutputDirectoryError(
+            f"{output_dir} holds a run of {kind}, choose another --output_dir, or replace that run "
+            "with --overwrite_output_dir"
+        )
     if config.resume_from_checkpoint is not None:
         checkpoint = load_checkpoint(Path(config.resume_from_checkpoint))
         is_inside = checkpoint.folder.resolve().parent == output_dir.resolve()
@@ -81,7 +93,7 @@ def find_start(config: TrainConfig, output_dir: Path) -> Start:
     finished = "finished" in record
     if overwrite and (finished or not _began_with_overwriting(record)):
         return Start(replaces=True)
-    if finished:
+    if finished and part_of(record, "config").get("seeds", 1) == config.seeds:
         return Start(record, finished=True)
     try:
         newest = load_newest(output_dir)
@@ -162,7 +174,6 @@ def settle_start(start: Start, config: TrainConfig, record: dict[str, Any]) -> S
             "another --output_dir, or start over with --overwrite_output_dir."
         )
     if start.checkpoint is None:
-        logger.info("the run in %s had no checkpoint yet: it begins again", config.output_dir)
         return start
     if found:
         logger.warning("carrying on, but not as the same run: %s", found)

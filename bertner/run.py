@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bertner import kernels
-from bertner.batches import Schedule
 from bertner.card import RunFacts, early_stop, model_card
 from bertner.checkpoint import (
     WEIGHTS,
@@ -72,30 +71,64 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
     Raises:
         BertnerError: See the exit codes in `errors`.
     """
-    output_dir = Path(config.output_dir)
     with ExitStack() as stack:
-        stack.enter_context(lock_output_dir(output_dir))
-        start = find_start(config, output_dir)  # before minutes of downloading
-        stack.enter_context(keep_choices(start, config, find_device(config.device)))
-        parts = build_parts(config, start.commit_of(config))
-        record = run_record(config, recipe, parts)
-        start = settle_start(start, config, record)
+        parts, start, record = open_run(config, recipe, stack)
         if start.finished:
-            say(f"{output_dir} holds just this run, and it is finished: nothing to do.")
+            say(f"{config.output_dir} holds just this run, and it is finished: nothing to do.")
             return
-        total_steps = Schedule(parts.datasets["train"].row_lengths, config).total_steps
-        announce(config, parts, total_steps)
+        announce(config, parts)
         # From here on there is something to lose; before, a signal ends the process as usual.
         stop = stack.enter_context(StopSignals())
-        _begin(config, parts, start, record)
-        stack.enter_context(naming(start.checkpoint))
-        report = stack.enter_context(_open_report(config, total_steps, start))
+        train_run(config, parts, start, record, arguments, stop)
+        say_what_next(Path(config.output_dir))
+
+
+def open_run(
+    config: TrainConfig, recipe: str, stack: ExitStack, parts: Parts | None = None
+) -> tuple[Parts, Start, dict[str, Any]]:
+    """Takes the output directory, builds the parts, and finds what there is to carry on.
+
+    Args:
+        config: All settings.
+        recipe: The one that they start from.
+        stack: Keeps the directory locked, and choices as the run began, until it is closed.
+        parts: Of a run that differs only in its seed, if there was one: they are read only once.
+
+    Returns:
+        The parts with their first weights, where to begin, and the contents of run.json.
+    """
+    output_dir = Path(config.output_dir)
+    stack.enter_context(lock_output_dir(output_dir))
+    start = find_start(config, output_dir)  # before minutes of downloading
+    stack.enter_context(keep_choices(start, config, find_device(config.device)))
+    if parts is None:
+        parts = build_parts(config, start.commit_of(config))
+    else:
+        parts = parts.with_first_weights(config)
+    record = run_record(config, recipe, parts)
+    return parts, settle_start(start, config, record), record
+
+
+def train_run(
+    config: TrainConfig,
+    parts: Parts,
+    start: Start,
+    record: dict[str, Any],
+    arguments: Sequence[str],
+    stop: StopSignals,
+) -> None:
+    """Trains what `open_run` has found to do, and writes the results."""
+    _begin(config, parts, start, record)
+    total_steps = parts.schedule(config).total_steps
+    with naming(start.checkpoint), _open_report(config, total_steps, start) as report:
         _Run(config, parts, start, record, list(arguments), stop, report).train()
 
 
 def _begin(config: TrainConfig, parts: Parts, start: Start, record: dict[str, Any]) -> None:
     """Makes the directory this run's; weights of a checkpoint take the place of the first ones."""
     output_dir = Path(config.output_dir)
+    if start.record is not None and start.checkpoint is None:
+        logger.info("the run in %s had no checkpoint yet: it begins again", output_dir)
     if start.checkpoint is not None:  # which is looked at before another run is removed
         state_of(start.checkpoint)
         load_weights(start.checkpoint.weights, parts.model, start.checkpoint.folder)
@@ -240,10 +273,9 @@ class _Run:
         """Ends a run that was asked to stop."""
         folder = self.keep_last(state)
         verify_checkpoint(folder)
-        again = shlex.join([_command("bertner-train"), *_without_resume(self.arguments)])
         raise RunStoppedError(
             f"stopped by {self.stop.name} after step {state.step}; {folder} is saved and verified\n"
-            f"Carry on with: {again}"
+            f"Carry on with: {same_command(self.arguments)}"
         )
 
     def keep_last(self, state: TrainState) -> Path:
@@ -328,9 +360,18 @@ class _Run:
         write_json(self.output_dir / RECORD, {**self.record, "finished": finished})
         for split, evaluation in evaluations.items():
             say(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
-        say(f"\nModel, model card and scores: {self.output_dir}")
-        predict = f"{_command('bertner-predict')} --model {shlex.quote(str(self.output_dir))}"
-        say(f"Try it: echo 'Angela Merkel visited Paris .' | {predict}")
+
+
+def say_what_next(output_dir: Path) -> None:
+    """Says where everything is, and how to use it."""
+    say(f"\nModel, model card and scores: {output_dir}")
+    predict = f"{_command('bertner-predict')} --model {shlex.quote(str(output_dir))}"
+    say(f"Try it: echo 'Angela Merkel visited Paris .' | {predict}")
+
+
+def same_command(arguments: Sequence[str]) -> str:
+    """What to type to carry the run of a command on."""
+    return shlex.join([_command("bertner-train"), *_without_resume(arguments)])
 
 
 def _without_resume(arguments: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from bertner.config import TrainConfig
 from bertner.errors import CheckpointError, ResumeMismatchError, UsageError
 from bertner.evaluation import Evaluation
 from bertner.loop import train
+from bertner.output_dir import list_seeds
 from bertner.parts import Parts, build_parts, find_device
 from bertner.progress import StepReport, TrainState
 from bertner.record import differences, run_record
@@ -42,7 +43,9 @@ def run_verification(directory: str) -> None:
     """
     folders = [folder for _, folder in list_checkpoints(Path(directory))]
     if not folders:
-        raise CheckpointError(f"{directory}: holds no checkpoint; give a run's output directory")
+        seeds = [str(folder) for _, folder in list_seeds(Path(directory))]
+        fix = f"one of {', '.join(seeds)}" if seeds else "a run's output directory"
+        raise CheckpointError(f"{directory}: holds no checkpoint; give {fix}")
     sound, damaged = [], []
     for folder in folders:
         try:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.conftest import REPOSITORY, write_conll, write_model_folder
 
@@ -60,6 +63,21 @@ def outcome(output_dir: Path) -> dict[str, Any]:
     }
 
 
+def send_once(
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str, number: int, call: int
+) -> None:
+    """Sends this process a signal as a function is called for the n-th time."""
+    before, calls = getattr(module, name), []
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, patched)
+
+
 # A process that has everything imported and forks for each run, which takes a second off each.
 # It reads arguments, after how many seconds to kill (or null) and code to run before, as a JSON
 # line, and answers with the exit status and the seconds that it took.
@@ -67,7 +85,7 @@ _SERVER = """
 import json, os, signal, sys, time
 import torch
 torch.set_num_threads(int(sys.argv[1]))
-import bertner.run, bertner.loop, bertner.kernels, bertner.checkpoint
+import bertner.run, bertner.seeds, bertner.loop, bertner.kernels, bertner.checkpoint
 from bertner.cli import train_main
 import torch._dynamo
 for line in sys.stdin:

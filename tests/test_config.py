@@ -234,6 +234,8 @@ def _values_of(item: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         return st.just(item.default)  # others need evaluations
     if item.name == "early_stopping_threshold":
         return st.just(0.0)  # others need a patience
+    if item.name == "seeds":
+        return st.just(1)  # more leave nothing to resume_from_checkpoint
     if item.name == "attn_implementation":
         return st.just("sdpa")  # eager is for padded rows alone
     if item.name == "matmul":
@@ -282,7 +284,7 @@ def test_train_config_survives_json(values: dict[str, Any]) -> None:
 INTEGERS_ABOVE_0 = (
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples "
-    "early_stopping_patience"
+    "early_stopping_patience seeds"
 ).split()
 FLOATS = (
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_ratio "
@@ -331,6 +333,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"load_best_model_at_end": True, "eval_strategy": "no"}, "needs eval_strategy"),
     ({"early_stopping_patience": 1, "eval_strategy": "no"}, "needs eval_strategy steps or epoch"),
     ({"early_stopping_threshold": 0.1}, "early_stopping_threshold needs early_stopping_patience"),
+    ({"seeds": 2, "seed": 2**63 - 1}, "leaves no room for 2 seeds"),
+    ({"seeds": 2, "resume_from_checkpoint": "x"}, "is for one seed: leave it out"),
 ]
 
 
@@ -354,6 +358,7 @@ def test_train_config_refuses(values: dict[str, Any], pattern: str) -> None:
         {"num_train_epochs": 0.01},
         {"max_seq_length": 3},
         {"seed": 2**63 - 1},
+        {"seed": 2**63 - 2, "seeds": 2},
         {"metric_for_best_model": "eval_f1"},
         {"train_file": "a", "validation_file": "b", "test_file": "c"},
         {"load_best_model_at_end": True},

@@ -29,6 +29,7 @@ ORDER = [
     ["card", "record"],
     ["resume"],
     ["run", "verify"],
+    ["seeds"],
     ["cli"],
 ]
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}

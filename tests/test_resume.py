@@ -24,7 +24,15 @@ from bertner.model import token_loss
 from bertner.optimizer import gradient_norm, named_state
 from bertner.stopping import SIGNALS
 from tests.conftest import MINILM, SHARED_DATA, needs_conll, needs_minilm, write_model_folder
-from tests.runs import TOTAL_STEPS, Runner, outcome, sha256, without_clocks, write_inputs
+from tests.runs import (
+    TOTAL_STEPS,
+    Runner,
+    outcome,
+    send_once,
+    sha256,
+    without_clocks,
+    write_inputs,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,21 +145,6 @@ def patched(self, *args):
     return before(self, *args)
 bertner.report.RunReport.{method} = patched
 """
-
-
-def send_once(
-    monkeypatch: pytest.MonkeyPatch, module: object, name: str, number: int, call: int
-) -> None:
-    """Sends this process a signal as a function is called for the n-th time."""
-    before, calls = getattr(module, name), []
-
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        calls.append(name)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        return before(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, patched)
 
 
 MOMENTS: dict[str, tuple[object, str, int]] = {

@@ -504,6 +504,88 @@ def test_eval_gives_the_scores_of_the_run(
     assert "not a trained model" in capsys.readouterr().err
 
 
+def mark_documents(path: Path) -> None:
+    """Makes every third sentence the first of a document."""
+    sentences = path.read_text(encoding="utf-8").split("\n\n")
+    documents = ["\n\n".join(sentences[k : k + 3]) for k in range(0, len(sentences), 3)]
+    path.write_text("\n\n".join(f"-DOCSTART- O\n\n{text}" for text in documents), encoding="utf-8")
+
+
+BEST = ["--recipe", "best", "--max_seq_length", "60", "--context_tokens", "6"]
+
+
+def test_the_best_recipe_on_documents(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for split in ("train", "validation", "test"):
+        mark_documents(tmp_path / f"{split}.txt")
+    assert train_main([*arguments, *BEST]) == 0
+    rows = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["num_rows"]
+    assert 8 <= rows < 24, "rows of whole sentences, none of two documents"
+    card = (out / "README.md").read_text()
+    assert (
+        "as many neighbouring sentences of a document as fit into 60 tokens, with up to 6" in card
+    )
+    assert "171 tokens, about, x 1 micro-batches" in card
+    assert "and the transitions that the tag scheme allows" in card
+    assert "Viterbi gave " in card
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["test_words_repaired"] >= 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["bertner_reading"]["context"] == "document"
+    assert config == json.loads((out / "checkpoint-12" / "config.json").read_text())
+    assert transformers.AutoModelForTokenClassification.from_pretrained(out).num_labels == 7
+
+    # A model is scored as it was trained to read, wherever it is, and otherwise if asked to.
+    def scores_of(*more: str, model: Path = out, file: str = "test.txt") -> dict[str, float]:
+        scores = tmp_path / "scores.json"
+        command = ["--model", str(model), "--file", str(tmp_path / file), "--output_file"]
+        capsys.readouterr()
+        assert eval_main([*command, str(scores), *more]) == 0
+        found: dict[str, float] = json.loads(scores.read_text())
+        return found
+
+    (tmp_path / "moved").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "moved" / name).write_bytes((out / name).read_bytes())
+    for model in (out, tmp_path / "moved"):
+        scores = scores_of(model=model)
+        assert "Viterbi gave" in capsys.readouterr().out
+        for name in ("loss", "f1", "word_f1", "words_repaired"):
+            assert scores[name] == pytest.approx(results[f"test_{name}"], rel=1e-6)
+    alone = scores_of("--context", "none", "--decoding", "argmax", "--max_seq_length", "20")
+    assert "words_repaired" not in alone
+    assert alone["loss"] != pytest.approx(results["test_loss"], rel=1e-6)
+    assert scores_of("--context_tokens", "0")["loss"] != pytest.approx(results["test_loss"])
+
+    # Data without documents: said, and read sentence by sentence.
+    write_conll(tmp_path / "plain.txt", 5)
+    plain = scores_of(file="plain.txt")
+    assert "does not say where documents begin, so each sentence is read alone" in (
+        capsys.readouterr().err
+    )
+    assert plain["loss"] == scores_of("--context", "none", file="plain.txt")["loss"]
+    asked = ["--model", str(out), "--file", str(tmp_path / "plain.txt"), "--context", "document"]
+    assert eval_main(asked) == 65
+    assert "add -DOCSTART- lines" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text("Mary Poe said Paris . " * 40 + "\n", encoding="utf-8")
+    assert predict_main(["--model", str(out), str(tmp_path / "text.txt")]) == 0
+    entities = json.loads(capsys.readouterr().out)["entities"]
+    assert entities[-1]["end"] > 850
+
+
+def test_documents_that_nothing_marks(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main([*arguments, *BEST]) == 65
+    error = capsys.readouterr().err
+    assert "train.txt: does not say where documents begin" in error
+    assert "give --context none" in error
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert train_main([*arguments, *BEST, "--context", "none", "--max_steps", "2"]) == 0
+
+
 def start_command(main: str, arguments: list[str]) -> subprocess.Popen[str]:
     """A command in a process of its own, with pipes for all that goes in and out."""
     code = f"import sys; from bertner.cli import {main}; sys.exit({main}({arguments!r}))"
