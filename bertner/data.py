@@ -243,14 +243,16 @@ def tokenize(
         reading: What a row is, and which tokens carry a label.
 
     Raises:
-        DataError: The corpus has a tag that the labels lack.
+        DataError: The corpus has a tag that the labels lack, or does not tell documents apart that
+            context is to be read from.
         UsageError: The reading asks for what cannot be.
     """
+    _check_documents(corpus, reading)
     builder = _DatasetBuilder(corpus.source, tokenizer, tokenizer.row_limit(reading.max_seq_length))
     for block in corpus.blocks():
         builder.add(block)
     dataset = builder.finish(corpus.type_names, label_set, reading.label_all_tokens)
-    return divide(dataset, tokenizer, reading)[0]
+    return _divide(dataset, tokenizer, reading)[0]
 
 
 @dataclass(frozen=True)
@@ -351,18 +353,21 @@ def with_rows(prepared: PreparedData, tokenizer: Tokenizer, reading: Reading) ->
         DataError: Context is to be read from documents, and the source does not tell them apart.
         UsageError: The reading asks for what cannot be.
     """
-    summary = prepared.summary
-    if reading.context != "none" and not summary.marks_documents:
+    _check_documents(prepared.summary, reading)
+    dataset, warnings = _divide(prepared.dataset, tokenizer, reading)
+    return PreparedData(prepared.summary, dataset, (*prepared.warnings, *warnings))
+
+
+def _check_documents(corpus: Corpus | CorpusSummary, reading: Reading) -> None:
+    if reading.context != "none" and not corpus.marks_documents:
         raise DataError(
             "does not say where documents begin, which --context document needs: add -DOCSTART- "
             "lines or a document_id column (--document_column_name), or give --context none",
-            summary.source,
+            corpus.source,
         )
-    dataset, warnings = divide(prepared.dataset, tokenizer, reading)
-    return PreparedData(summary, dataset, (*prepared.warnings, *warnings))
 
 
-def divide(
+def _divide(
     dataset: TokenDataset, tokenizer: Tokenizer, reading: Reading
 ) -> tuple[TokenDataset, list[str]]:
     """The same tokens in the rows of a reading, and what was logged of them."""

@@ -169,7 +169,13 @@ def _prepare_data(
     config: TrainConfig, data: dict[str, Path | CorpusStream], tokenizer: Tokenizer
 ) -> dict[str, PreparedData]:
     """Reads and tokenises all data; the training data say what the labels are."""
-    columns = columns_of(config)
+    columns, row_limit = columns_of(config), tokenizer.row_limit(config.max_seq_length)
+    if config.max_seq_length is not None and config.max_seq_length > row_limit:
+        logger.warning(
+            "max_seq_length %d is more than the model takes; rows have up to %d tokens",
+            config.max_seq_length,
+            row_limit,
+        )
     prepared: dict[str, PreparedData] = {}
     label_set = None
     for split, source in data.items():

@@ -253,6 +253,7 @@ def _json_sentences(
 ) -> Iterator[RawSentence]:
     """JSON lines of words and tags, or of a text and its entities."""
     text_column, label_column = columns.text, columns.label
+    column, is_first = columns.document, True
     document_of: dict[Any, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -288,10 +289,13 @@ def _json_sentences(
                 builder.source,
                 number,
             )
-        column = columns.find_document(record, builder.source, number)
-        builder.marks_documents |= column is not None
-        value = None if column is None else record[column]
-        (document,) = _number_documents([value], document_of, column, builder.source, number)
+        if is_first:  # which says whether there is a key for documents
+            column = columns.find_document(record, builder.source, number)
+            builder.marks_documents, is_first = column is not None, False
+        document = 0
+        if column is not None:
+            value = record.get(column)
+            (document,) = _number_documents([value], document_of, column, builder.source, number)
         yield document, words, tags, [number] * len(words)
 
 
@@ -552,13 +556,19 @@ def _values(table: Any, column: str, source: str) -> list[Any]:
 def _number_documents(
     values: Sequence[Any],
     document_of: dict[Any, int],
-    column: str | None,
+    column: str,
     source: str,
     line: int | None = None,
 ) -> list[int]:
-    """The document of each record; `document_of` numbers them by what stands in their column."""
+    """The document of each record; `document_of` numbers them by what stands in their column.
+
+    A record without a value is of none of the others' documents.
+    """
     try:
-        return [document_of.setdefault(value, len(document_of)) for value in values]
+        return [
+            document_of.setdefault(object() if value is None else value, len(document_of))
+            for value in values
+        ]
     except TypeError:
         raise DataError(
             f"column {column!r} must hold one string or integer a record", source, line

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from tokenizers import Tokenizer as FastTokenizer
 from bertner.config import BertConfig
 from bertner.errors import ModelError
 from bertner.files import read_bytes, read_json, write_json, write_text
-
-logger = logging.getLogger("bertner")
 
 # The largest in use, LaBSE's with 500,000 entries, has 5 MB; as JSON 10 MB.
 _MAX_VOCABULARY_BYTES = 16 << 20
@@ -92,12 +89,6 @@ class Tokenizer:
 
     def row_limit(self, max_seq_length: int | None) -> int:
         """Longest row in tokens: what the user asks for, at most what the model takes."""
-        if max_seq_length is not None and max_seq_length > self.model_max_length:
-            logger.warning(
-                "max_seq_length %d is more than the model takes; rows have up to %d tokens",
-                max_seq_length,
-                self.model_max_length,
-            )
         return min(max_seq_length or self.model_max_length, self.model_max_length)
 
     @cached_property

@@ -181,7 +181,7 @@ def test_a_word_longer_than_a_row(tokenizer: Tokenizer, caplog: pytest.LogCaptur
 ARRAYS = [
     field.name
     for field in dataclasses.fields(TokenDataset)
-    if field.name not in ("rows", "source", "label_set", "cls_id", "sep_id", "pad_id")
+    if field.name not in ("rows", "reading", "source", "label_set", "cls_id", "sep_id", "pad_id")
 ]
 ROW_ARRAYS = ["starts", "before", "after", "sentences"]
 
@@ -192,7 +192,7 @@ def assert_same_data(left: TokenDataset, right: TokenDataset) -> None:
     for name, ours, theirs in pairs:
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
         assert ours.dtype == theirs.dtype, name
-    for name in ("source", "label_set", "cls_id", "sep_id", "pad_id"):
+    for name in ("reading", "source", "label_set", "cls_id", "sep_id", "pad_id"):
         assert getattr(left, name) == getattr(right, name)
 
 

@@ -392,6 +392,17 @@ def cases() -> Iterator[tuple[str, str, Build]]:
         drop = {"id2label": None} if name == "num_labels" else {}
         change = with_values("config.json", **drop, **{name: value})
         yield "config", f"config.json: {name}", change
+    for name, reading in {
+        "a list": [1],
+        "a string": "x",
+        "an unknown setting": {ESCAPES: 1},
+        "an unknown choice": {"decoding": ESCAPES},
+        "a negative length": {"max_seq_length": -5},
+        "a long length": {"max_seq_length": 10**4000},
+        "an overlap of the whole": {"max_seq_length": 20, "window_overlap": 18},
+    }.items():
+        change = with_values("config.json", bertner_reading=reading)
+        yield "config", f"config.json: reading is {name}", change
     for name, label in {"escapes": f"B-{ESCAPES}", "a lone surrogate": "B-\ud800"}.items():
         change = with_values("config.json", id2label={"0": "O", "1": label})
         yield "labels", f"config.json: a label of {name}", change

@@ -179,6 +179,7 @@ def test_conll_documents(folder: Path, content: str, documents: list[int]) -> No
     check_invariants(corpus)
     assert corpus.documents.tolist() == documents
     assert corpus.num_documents == len(set(documents))
+    assert corpus.marks_documents == ("-DOCSTART-" in content.replace("-DOCSTART-x", ""))
     words = content.replace("\r", "").split("\n")
     assert corpus.num_words == sum(bool(line) and line.split()[0] != "-DOCSTART-" for line in words)
 
@@ -421,7 +422,7 @@ def test_parquet_with_class_labels_as_old_datasets_wrote_them(folder: Path) -> N
     [
         (["a", "a", "b"], [0, 0, 1]),
         ([7, 3, 7], [0, 1, 0]),
-        ([None, "x", None], [0, 1, 0]),
+        ([None, "x", None], [0, 1, 2]),  # of none we know that it is another's
     ],
 )
 def test_parquet_with_documents(
@@ -432,6 +433,39 @@ def test_parquet_with_documents(
     check_invariants(corpus)
     assert corpus.documents.tolist() == documents
     assert corpus.num_documents == len(set(documents))
+    assert corpus.marks_documents
+    records = [
+        {"tokens": [word], "ner_tags": ["O"], column: value}
+        for word, value in zip("abc", ids, strict=True)
+    ]
+    corpus = read(folder, "a.jsonl", lines_of(*records))
+    check_invariants(corpus)
+    assert corpus.documents.tolist() == documents
+    assert corpus.marks_documents
+
+
+def test_a_column_of_documents_by_name(folder: Path) -> None:
+    record = {"tokens": ["a"], "ner_tags": ["O"]}
+    named = [{**record, "document_id": 1, "page": page} for page in ("x", "x", "y")]
+    texts = [{"text": "a", "entities": [], "page": page} for page in ("x", "x", "y")]
+    table = table_bytes(pa.Table.from_pylist(named))
+    for name, content in {
+        "a.jsonl": lines_of(*named),
+        "b.jsonl": lines_of(*texts),
+        "a.parquet": table,
+    }.items():
+        corpus = read(folder, name, content, document_column="page")
+        assert corpus.documents.tolist() == [0, 0, 1]
+        with pytest.raises(DataError, match=r"has no column 'side' .*--document_column_name"):
+            read(folder, name, content, document_column="side")
+    # The first record says whether documents are told apart; of one without, nothing is known.
+    corpus = read(folder, "a.jsonl", lines_of(named[0], record, record, named[2]))
+    assert corpus.documents.tolist() == [0, 1, 2, 0]
+    with pytest.raises(DataError, match=r"a.jsonl:2: column 'doc_id' must hold one string"):
+        read(folder, "a.jsonl", lines_of(*({**record, "doc_id": x} for x in ("x", ["x"]))))
+    for plain in (lines_of(record, record), lines_of(record, named[0])):
+        corpus = read(folder, "a.jsonl", plain)
+        assert (corpus.documents.tolist(), corpus.marks_documents) == ([0, 0], False)
 
 
 def test_parquet_with_other_columns_and_row_groups(folder: Path) -> None:
