@@ -22,6 +22,11 @@ CONLL2003_MIRRORS = (
     ("lhoestq/conll2003", None),
     ("tomaarsen/conll2003", None),
 )
+# These have a column that tells documents apart.
+CONLL2003_WITH_DOCUMENTS = (
+    ("tomaarsen/conll2003", "refs/convert/parquet"),
+    ("tomaarsen/conll2003", None),
+)
 CONLL2003_ROWS = {"train": 14041, "validation": 3250, "test": 3453}
 CONLL2003_LABELS = label_list(CONLL_TYPES)
 
@@ -37,6 +42,7 @@ def read_dataset(
     label_column: str = "ner_tags",
     document_column: str | None = None,
     label_names: Sequence[str] | None = None,
+    with_documents: bool = False,
 ) -> dict[str, Corpus]:
     """Reads the splits that `open_dataset` finds; takes and raises the same."""
     streams = open_dataset(
@@ -46,6 +52,7 @@ def read_dataset(
         label_column=label_column,
         document_column=document_column,
         label_names=label_names,
+        with_documents=with_documents,
     )
     return {split: stream.read() for split, stream in streams.items()}
 
@@ -58,6 +65,7 @@ def open_dataset(
     label_column: str = "ner_tags",
     document_column: str | None = None,
     label_names: Sequence[str] | None = None,
+    with_documents: bool = False,
 ) -> dict[str, CorpusStream]:
     """Finds the splits of a Hub dataset (or of a folder that holds one), to be read.
 
@@ -69,6 +77,7 @@ def open_dataset(
         document_column: Column that tells documents apart; None for `document_id` or `doc_id`, if
             there is one.
         label_names: Names of integer tags; None for the dataset's own.
+        with_documents: Of `conll2003`'s mirrors, take one that tells documents apart.
 
     Returns:
         `train` and, where the dataset has them, `validation` and `test`.
@@ -79,7 +88,7 @@ def open_dataset(
     """
     columns = Columns(text_column, label_column, document_column)
     if name == "conll2003" and not Path(name).exists():
-        return _open_conll2003(columns)
+        return _open_conll2003(columns, with_documents)
     splits = _load_dataset(name, config_name, None)
     streams = {}
     for split, names in _SPLITS.items():
@@ -161,11 +170,11 @@ def _class_names(dataset: Any, column: str) -> list[str] | None:
     return getattr(inner, "names", None)
 
 
-def _open_conll2003(columns: Columns) -> dict[str, CorpusStream]:
+def _open_conll2003(columns: Columns, with_documents: bool) -> dict[str, CorpusStream]:
     """The alias: the first mirror that answers with the right rows and label order."""
     failures: list[DataError] = []
     hub_down: StorageError | None = None
-    for name, revision in CONLL2003_MIRRORS:
+    for name, revision in CONLL2003_WITH_DOCUMENTS if with_documents else CONLL2003_MIRRORS:
         try:
             # Each question that the Hub does not answer costs seconds: one is enough.
             if hub_down is None:

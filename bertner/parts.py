@@ -132,6 +132,7 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
             open_dataset(
                 config.train_source,
                 config_name=config.dataset_config_name,
+                with_documents=config.context != "none",
                 **columns_of(config),
             )
         )

@@ -491,6 +491,18 @@ def test_conll2003_from_another_mirror(
     assert answer == conll_from(f"{taken}/conll2003")
 
 
+@pytest.mark.parametrize("branch", [PARQUET_BRANCH, "main"])
+def test_conll2003_with_documents(
+    hub: HubServer, client: Client, conll_mirrors: dict[str, Path], branch: str
+) -> None:
+    content = conll_mirrors["right, converted"]
+    hub.add("datasets", "eriktks/conll2003", content, branch=PARQUET_BRANCH)
+    hub.add("datasets", "tomaarsen/conll2003", content, branch=branch)
+    questions = [["conll2003", {"with_documents": wanted}] for wanted in (True, False)]
+    answers, _ = client.run(READ_DATASETS, questions)
+    assert answers == [conll_from(f"{owner}/conll2003") for owner in ("tomaarsen", "eriktks")]
+
+
 def test_conll2003_when_no_mirror_is_right(
     hub: HubServer, client: Client, conll_mirrors: dict[str, Path]
 ) -> None:
