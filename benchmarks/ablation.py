@@ -251,7 +251,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 def run_all(options: argparse.Namespace) -> None:
     """Does the runs that are not done yet, one seed after another: all variants of each."""
     lab = Lab(options.model, options.data, options.test)
-    for seed in range(42, 42 + options.seeds):
+    for seed in range(options.seed, options.seed + options.seeds):
         for variant in options.variants:
             done = {(r["variant"], r["seed"], r["model"]) for r in _read(options.runs)}
             if (variant, seed, lab.name) in done:
@@ -332,6 +332,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that holds conll2003/")
     parser.add_argument("--model", default=MINILM)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seed", type=int, default=42, help="the first one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of PyTorch; two runs of one each do more")
     parser.add_argument("--rounds", type=int, default=5)
