@@ -193,7 +193,7 @@ def _scores(facts: RunFacts) -> str:
         return "Not evaluated: the run had no validation or test data."
     parts = [
         "An entity counts as found if its first and last word and its type are right (the rule of "
-        f"CoNLL-2003's `conlleval`). **Word level** decides each word {_decision(facts)} and is "
+        f"CoNLL-2003's `conlleval`). **Word level** decides each word {_decision(facts)}, and is "
         "what papers report. **Subword level** counts over labelled wordpieces, as cards made by "
         "the Hugging Face Trainer do; the two cannot be compared."
     ]
@@ -292,11 +292,11 @@ def _procedure(facts: RunFacts) -> str:
         if config.label_all_tokens
         else "the first wordpiece of a word"
     )
-    size, unit = config.per_device_train_batch_size, "sentences"
+    size, batch = config.per_device_train_batch_size, "{} rows"
     if config.train_batch_tokens is not None:
-        size, unit = config.train_batch_tokens, "tokens, about,"
+        size, batch = config.train_batch_tokens, "about {} tokens"
     accumulation = config.gradient_accumulation_steps
-    batch = f"{size} {unit} x {accumulation} micro-batches = {size * accumulation}"
+    batch = f"{batch.format(size)} x {accumulation} micro-batches = {size * accumulation}"
     clipping = f"{config.max_grad_norm:g}" if config.max_grad_norm else "off"
     rows = "packed" if config.packing else f"padded, attention {config.attn_implementation}"
     loss = "cross-entropy, mean over labelled tokens"
@@ -362,9 +362,12 @@ def early_stop(config: TrainConfig, result: TrainResult) -> str:
 
 
 def _limits(facts: RunFacts) -> str:
-    alone = "Each sentence is read alone"
+    reads = "Each sentence is read alone"
     if facts.config.reading.context != "none":
-        alone = "Where documents are not marked each sentence is read alone: expect lower scores"
+        reads = (
+            "It reads neighbouring sentences of a document together; where documents are not "
+            "marked, each sentence alone: expect lower scores there"
+        )
     case = (
         "It does not see capital letters: `us` and `US` are the same to it."
         if facts.lowercase
@@ -373,7 +376,7 @@ def _limits(facts: RunFacts) -> str:
     return (
         "For text like the training data, in its language and its conventions of annotation; on "
         "other text expect lower scores, and measure them (`bertner-eval`). Entities do not nest "
-        f"or overlap. {case} {alone}; one longer than {facts.max_length} "
-        "tokens is read in parts. The data's errors and biases, such as which names it knows, are "
-        f"the model's. {_ONE_SEED}"
+        f"or overlap. {case} {reads}. A sentence longer than {facts.max_length} tokens is read in "
+        "parts. The data's errors and biases, such as which names it knows, are the model's. "
+        f"{_ONE_SEED}"
     )

@@ -161,7 +161,7 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
             "--batch_size",
             type=_positive,
             default=8,
-            help="sentences over which the Trainer's eval_loss averages (default: 8)",
+            help="rows over which the Trainer's eval_loss averages (default: 8)",
         )
         _add_fields(parser, _DECIDING, "as trained")
         _add_fields(parser, ["context", "context_unit", "context_tokens"], "as trained")

@@ -346,14 +346,16 @@ class TrainConfig:
     num_train_epochs: float = _option(3.0, "passes over the training data")
     max_steps: int = _option(-1, "stop after N optimizer steps; -1 for num_train_epochs")
     per_device_train_batch_size: int = _option(
-        8, "sentences in a micro-batch", aliases="train_batch_size"
+        8,
+        "rows in a micro-batch; without context each is a sentence",
+        aliases="train_batch_size",
     )
     train_batch_tokens: int | None = _option(
-        None, "tokens in a micro-batch, about, in place of a number of sentences"
+        None, "tokens in a micro-batch, about, in place of a number of rows"
     )
     per_device_eval_batch_size: int = _option(
         8,
-        "sentences over which eval_loss_batch_mean averages; with --no-packing the batch itself",
+        "rows over which eval_loss_batch_mean averages; with --no-packing the batch itself",
         aliases="eval_batch_size",
     )
     eval_batch_tokens: int = _option(EVAL_TOKENS, "tokens in a packed batch of evaluation")

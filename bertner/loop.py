@@ -195,7 +195,7 @@ def _not_finite(
     lines = ", ".join(str(line) for line in dataset.sentence_lines[sentences])
     return NotFiniteError(
         f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, with the "
-        f"sentences at {dataset.source}, lines {lines}\n"
+        f"rows that begin at {dataset.source}, lines {lines}\n"
         "The step was not taken; checkpoints from before stay. Try a lower learning_rate, more "
-        "warmup_steps, or float32, and look at those sentences."
+        "warmup_steps, or float32, and look at those rows."
     )

@@ -211,12 +211,13 @@ def announce(config: TrainConfig, parts: Parts) -> None:
     )
     for split, corpus in parts.corpora.items():
         logger.info(
-            "%s: %s sentences, %s words, %s entities, %s tokens from %s",
+            "%s: %s sentences, %s words, %s entities, %s tokens in %s rows from %s",
             split,
             f"{corpus.num_sentences:,}",
             f"{corpus.num_words:,}",
             f"{sum(corpus.entity_counts.values()):,}",
             f"{parts.datasets[split].num_read:,}",
+            f"{len(parts.datasets[split]):,}",
             corpus.source,
         )
     logger.info(

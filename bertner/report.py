@@ -175,7 +175,7 @@ class RunReport:
 
     def evaluating(self, num_rows: int) -> Callable[[int], None]:
         """Opens a bar for an evaluation."""
-        bar = progress_bar(num_rows, " sentences", "evaluate", self.show_bars)
+        bar = progress_bar(num_rows, " rows", "evaluate", self.show_bars)
         self.eval_bar = bar
 
         def on_batch(rows: int) -> None:

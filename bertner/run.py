@@ -444,7 +444,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
         )
         reading = dataclasses.replace(reading, context="none")
     dataset = with_rows(prepared, tokenizer, reading).dataset
-    with progress_bar(len(dataset), " sentences", "evaluate", show=True) as bar:
+    with progress_bar(len(dataset), " rows", "evaluate", show=True) as bar:
         evaluation = evaluate(
             model,
             dataset,
