@@ -124,13 +124,12 @@ def _flatten(dataset: TokenDataset, rows: IntArray) -> _FlatRows:
     stops = np.cumsum(lengths)
     begins = stops - lengths
     own_begin, own_end = dataset.rows.starts[rows], dataset.rows.starts[rows + 1]
-    # Of each place its token in the dataset; of a special one, any.
+    # Of each place its token in the dataset; of special ones, what is before and after the row's.
     first = own_begin - dataset.rows.before[rows]
     index = np.arange(stops[-1]) + np.repeat(first - begins - 1, lengths)
     is_token = np.ones(len(index), dtype=bool)
     is_token[begins] = is_token[stops - 1] = False
     is_own = (np.repeat(own_begin, lengths) <= index) & (index < np.repeat(own_end, lengths))
-    is_own &= is_token
 
     input_ids = np.full(len(index), dataset.sep_id)
     input_ids[begins] = dataset.cls_id

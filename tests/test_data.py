@@ -176,6 +176,21 @@ def test_a_word_longer_than_a_row(tokenizer: Tokenizer, caplog: pytest.LogCaptur
     assert "no word dropped" in caplog.text
 
 
+def test_sentences_of_a_row_are_scored_apart(tokenizer: Tokenizer) -> None:
+    corpus = corpus_of("the Poe/B-X", "Poe/I-X the", "\u200b", "Paris/B-X")
+    label_set = labels_for(corpus)
+    with pytest.raises(DataError, match="made-up: does not say where documents begin"):
+        tokenize(corpus, tokenizer, label_set, Reading(context="document"))
+    corpus = dataclasses.replace(corpus, marks_documents=True)
+    dataset = tokenize(corpus, tokenizer, label_set, Reading(context="document"))
+    assert (len(dataset), dataset.rows.starts.tolist()) == (1, [0, 9])
+    assert dataset.labelled_sentence_starts.tolist() == [0, 4, 8, 8]
+    first = Reading(label_all_tokens=False, context="document")
+    assert tokenize(corpus, tokenizer, label_set, first).labelled_sentence_starts.tolist() == [
+        *[0, 2, 4, 4]
+    ]
+
+
 # Blocks and narrow arrays
 
 ARRAYS = [

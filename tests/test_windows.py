@@ -160,6 +160,14 @@ def test_context_by_hand() -> None:
     ]
 
 
+def test_context_is_shared_out_evenly() -> None:
+    text = text_of([[[1] * 20, [1] * 3, [1] * 20], [[1] * 2, [1] * 3, [1] * 20]], 23)
+    rows = rows_of(text, 13, 0, documents=text.documents, context=30)
+    parts = ranges(rows)
+    assert (15, 20, 23, 28) in parts, "as much on both sides"
+    assert (43, 45, 48, 56) in parts, "what the one side lacks goes to the other"
+
+
 @pytest.mark.parametrize("join", [False, True])
 def test_a_document_of_two_hundred_sentences(join: bool) -> None:
     text = text_of([[[1] * 15] * 200], 126)
