@@ -592,8 +592,7 @@ def read_settings(path: str) -> dict[str, Any]:
 # A recipe is a handful of settings over TrainConfig's defaults; single flags win over it.
 RECIPES: dict[str, dict[str, Any]] = {
     "card": {},
-    # Chosen by measurement, on MiniLM and the validation split of CoNLL-2003: see
-    # benchmarks/README.md.
+    # For MiniLM on the validation split of CoNLL-2003; what is measured: benchmarks/README.md.
     "best": {
         "learning_rate": 1e-4,
         "warmup_ratio": 0.1,
