@@ -226,12 +226,9 @@ def _decision(facts: RunFacts) -> str:
 def _rows(facts: RunFacts) -> str:
     """What a row is."""
     reading = facts.config.reading
-    if reading.context == "none":
-        text = f"a sentence each, up to {facts.max_length} tokens"
-    elif reading.context_unit == "window":
+    text = f"a sentence each, up to {facts.max_length} tokens"
+    if reading.context != "none" and reading.context_unit == "window":
         text = f"as many neighbouring sentences of a document as fit into {facts.max_length} tokens"
-    else:
-        text = f"a sentence each, up to {facts.max_length} tokens"
     if reading.context != "none" and reading.context_tokens:
         text += f", with up to {reading.context_tokens} tokens of the document on each side"
     overlap = reading.overlap(facts.max_length - 2)

@@ -8,6 +8,7 @@ and is decided elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -78,18 +79,25 @@ def cut_rows(
         rows = Rows(starts, rows.before[firsts], rows.after[firsts], rows.sentences[firsts])
     if documents is not None and context:
         before, after = _context(rows, sentence_starts, documents, limit, context)
-        before, after = _whole_words(rows.starts, before, after, word_ids)
-        rows = replace(rows, before=before, after=after)
+        rows = replace(
+            rows,
+            before=_whole_words(before, lambda count: rows.starts[:-1] - count, word_ids),
+            after=_whole_words(after, lambda count: rows.starts[1:] + count, word_ids),
+        )
     long = np.flatnonzero(np.diff(rows.starts) > limit)
     return _cut_long(rows, long, word_ids, limit, overlap) if len(long) else rows
 
 
+def _borders(documents: IntArray) -> IntArray:
+    """The first sentence of each document but the first."""
+    return np.flatnonzero(documents[1:] != documents[:-1]) + 1
+
+
 def _joined(sentence_starts: IntArray, documents: IntArray, room: int) -> IntArray:
     """The first sentence of each row of whole sentences with up to `room` tokens."""
-    borders = np.flatnonzero(documents[1:] != documents[:-1]) + 1
     firsts: list[int] = []
     begin = 0
-    for end in [*borders.tolist(), len(documents)]:
+    for end in [*_borders(documents).tolist(), len(documents)]:
         while begin < end:
             firsts.append(begin)
             fits = int(np.searchsorted(sentence_starts, sentence_starts[begin] + room, "right")) - 1
@@ -101,7 +109,7 @@ def _context(
     rows: Rows, sentence_starts: IntArray, documents: IntArray, limit: int, context: int
 ) -> tuple[IntArray, IntArray]:
     """Tokens that each row reads before and after its own, within its document and the limit."""
-    borders = np.flatnonzero(documents[1:] != documents[:-1]) + 1
+    borders = _borders(documents)
     begins = sentence_starts[np.append(0, borders)]
     ends = sentence_starts[np.append(borders, len(documents))]
     document = np.searchsorted(borders, rows.sentences, "right")
@@ -114,25 +122,23 @@ def _context(
 
 
 def _whole_words(
-    starts: IntArray, before: IntArray, after: IntArray, word_ids: IntArray
-) -> tuple[IntArray, IntArray]:
-    """Less context where it would begin or end within a word."""
-    before, after = before.copy(), after.copy()
+    context: IntArray, border_of: Callable[[IntArray], IntArray], word_ids: IntArray
+) -> IntArray:
+    """Less context where it would begin or end within a word.
+
+    Args:
+        context: (num_rows,) tokens on one side of each row's own.
+        border_of: Gives the place where so much context begins, or ends.
+        word_ids: (num_tokens,) word of each token.
+    """
+    context = context.copy()
     while True:
-        first = starts[:-1] - before
-        (cut,) = np.nonzero((before > 0) & (first > 0))
-        cut = cut[word_ids[first[cut]] == word_ids[first[cut] - 1]]
+        border = border_of(context)
+        (cut,) = np.nonzero((context > 0) & (border > 0) & (border < len(word_ids)))
+        cut = cut[word_ids[border[cut]] == word_ids[border[cut] - 1]]
         if len(cut) == 0:
-            break
-        before[cut] -= 1
-    while True:
-        stop = starts[1:] + after
-        (cut,) = np.nonzero((after > 0) & (stop < len(word_ids)))
-        cut = cut[word_ids[stop[cut]] == word_ids[stop[cut] - 1]]
-        if len(cut) == 0:
-            break
-        after[cut] -= 1
-    return before.astype(np.int32), after.astype(np.int32)
+            return context.astype(np.int32)
+        context[cut] -= 1
 
 
 def _cut_long(rows: Rows, long: IntArray, word_ids: IntArray, limit: int, overlap: int) -> Rows:
