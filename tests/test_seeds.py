@@ -9,12 +9,10 @@ import signal
 import statistics
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from huggingface_hub import ModelCard
 
@@ -30,13 +28,7 @@ CALLS = 2 * TOTAL_STEPS  # of `loop.dropout_seed` in one seed's run
 SHORT = ["--max_steps", "2", "--seeds", "2"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the processes that are started here: bits depend on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
