@@ -186,8 +186,10 @@ class Lab:
             model = other
         return model, Tokenizer.from_pretrained(self.folder, model.config)
 
-    def run(self, variant: str, seed: int, **changes: Any) -> dict[str, Any]:
-        """Trains a variant and scores it."""
+    def train(
+        self, variant: str, seed: int, **changes: Any
+    ) -> tuple[BertForNER, Tokenizer, TrainConfig, dict[str, Any]]:
+        """Trains a variant: the model, what it was trained with, and what there is to tell."""
         settings = {**VARIANTS[variant], **changes}
         dropout, average, decay = (
             settings.pop(name, None) for name in ("DROPOUT", "AVERAGE", "LAYER_DECAY")
@@ -204,6 +206,22 @@ class Lab:
         seconds = time.perf_counter() - start
         if watcher is not None:
             watcher.take()
+        record = {
+            "variant": variant,
+            "settings": VARIANTS[variant],
+            "seed": seed,
+            "model": self.name,
+            "steps": result.step,
+            "num_tokens": round(result.tokens_per_second * result.step / result.steps_per_second),
+            "seconds": seconds,
+            "epoch_tokens": rows.num_read,
+            **provenance(),
+        }
+        return model, tokenizer, config, record
+
+    def run(self, variant: str, seed: int) -> dict[str, Any]:
+        """Trains a variant and scores it."""
+        model, tokenizer, config, record = self.train(variant, seed)
         scores: dict[str, Any] = {}
         for split in self.corpora.keys() - {"train"}:
             for name, deciding in DECIDING.items():
@@ -213,17 +231,7 @@ class Lab:
                 reading = dataclasses.replace(config.reading, **{**plain, **deciding})
                 dataset = tokenize(self.corpora[split], tokenizer, self.label_set, reading)
                 scores[f"{split}, {name}"] = _scores(evaluate(model, dataset))
-        return {
-            "variant": variant,
-            "settings": VARIANTS[variant],
-            "seed": seed,
-            "model": self.name,
-            "steps": result.step,
-            "num_tokens": round(result.tokens_per_second * result.step / result.steps_per_second),
-            "seconds": seconds,
-            "scores": scores,
-            **provenance(),
-        }
+        return {**record, "scores": scores}
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
@@ -267,10 +275,11 @@ def time_all(options: argparse.Namespace) -> None:
     lab = Lab(options.model, options.data, test=False)
     for round_ in range(options.rounds):
         for variant in options.variants:
-            record = lab.run(variant, 42, max_steps=options.steps)
-            per_token = record["seconds"] / record["num_tokens"]
-            _append(options.runs, {"time_of": variant, "round": round_, "per_token": per_token})
-            print(variant, f"{1 / per_token:.0f} tokens/s", flush=True)
+            *_, record = lab.train(variant, 42, max_steps=options.steps)
+            # Variants differ in how many special tokens and how much context an epoch reads.
+            seconds = record["seconds"] / record["num_tokens"] * record["epoch_tokens"]
+            _append(options.runs, {"time_of": variant, "round": round_, "epoch_seconds": seconds})
+            print(variant, f"{seconds:.0f} s an epoch", flush=True)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -279,7 +288,7 @@ def report(options: argparse.Namespace) -> None:
     times: dict[str, dict[int, float]] = defaultdict(dict)
     for record in records:
         if "time_of" in record:
-            times[record["time_of"]][record["round"]] = record["per_token"]
+            times[record["time_of"]][record["round"]] = record["epoch_seconds"]
     runs = [record for record in records if "variant" in record]
     rows = []
     for variant in dict.fromkeys(run["variant"] for run in runs):
