@@ -64,6 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     # Other rates
     "rate 5e-5": {**WINDOWS, "learning_rate": 5e-5},
+    "rate 1.5e-4": {**WINDOWS, "learning_rate": 1.5e-4},
     "rate 2e-4": {**WINDOWS, "learning_rate": 2e-4},
     "rate 3e-4": {**WINDOWS, "learning_rate": 3e-4},
     "layer decay 0.9": {**WINDOWS, "LAYER_DECAY": 0.9},
@@ -76,6 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "averaged weights": {**WINDOWS, "AVERAGE": 0.998},
     # Other batches
     "batches of 128 tokens": {**WINDOWS, "train_batch_tokens": 128},
+    "batches of 144 tokens": {**WINDOWS, "train_batch_tokens": 144},
     "batches of 342 tokens": {**WINDOWS, "train_batch_tokens": 342},
 }
 
