@@ -145,13 +145,19 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
         data.update({split: Path(path) for split, path in files.items() if path})
         for path in filter(None, files.values()):
             check_file(path)
-    for name in ("load_best_model_at_end", "early_stopping_patience"):
-        if getattr(config, name) and "validation" not in data:
-            raise UsageError(f"{name} needs validation data: give --validation_file")
-    if config.seeds > 1 and "validation" not in data:
-        raise UsageError("the best of several seeds needs validation data: give --validation_file")
-    if config.eval_strategy != "no" and "validation" not in data:
-        logger.warning("no validation data, so nothing is scored during training")
+    if "validation" not in data:
+        needs = {
+            "load_best_model_at_end": config.load_best_model_at_end,
+            "early_stopping_patience": config.early_stopping_patience,
+            "the best of several seeds": config.seeds > 1,
+        }
+        cure = f"{config.train_source} has no validation split"
+        if config.train_file is not None:
+            cure = "give --validation_file"
+        for what in filter(needs.get, needs):
+            raise UsageError(f"{what} needs validation data: {cure}")
+        if config.eval_strategy != "no":
+            logger.warning("no validation data, so nothing is scored during training")
     return data
 
 

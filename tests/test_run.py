@@ -18,12 +18,13 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from bertner import files, run
+from bertner import files, parts, run
 from bertner.cli import eval_main, parse_train_config, predict_main, train_main
 from bertner.config import TrainConfig
 from bertner.errors import UsageError
 from bertner.output_dir import RUN_FILES
 from bertner.parts import build_parts
+from bertner.readers import open_file
 from tests.conftest import (
     REPOSITORY,
     SHARED_DATA,
@@ -463,6 +464,21 @@ def test_without_validation_data(
     for needy in (["--load_best_model_at_end"], ["--early_stopping_patience", "1"]):
         assert train_main([*kept, *needy, "--overwrite_output_dir"]) == 2
         assert f"{needy[0][2:]} needs validation data: give --val" in capsys.readouterr().err
+
+
+def test_a_dataset_without_validation_split(
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = open_file(write_conll(tmp_path / "train.txt", 4))
+    monkeypatch.setattr(parts, "open_dataset", lambda name, **_: {"train": train})
+    command = ["--model", str(model_folder), "--dataset_name", "org/data"]
+    command += ["--output_dir", str(tmp_path / "out"), "--load_best_model_at_end"]
+    assert train_main(command) == 2
+    message = capsys.readouterr().err
+    assert "load_best_model_at_end needs validation data: org/data has no validation" in message
 
 
 def test_padded_rows_and_the_choice_of_products(
