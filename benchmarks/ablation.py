@@ -76,8 +76,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no dropout": {**WINDOWS, "DROPOUT": 0.0},
     "averaged weights": {**WINDOWS, "AVERAGE": 0.998},
     # Other batches
-    "batches of 128 tokens": {**WINDOWS, "train_batch_tokens": 128},
-    "batches of 144 tokens": {**WINDOWS, "train_batch_tokens": 144},
     "batches of 342 tokens": {**WINDOWS, "train_batch_tokens": 342},
 }
 

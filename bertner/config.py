@@ -598,7 +598,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup_ratio": 0.1,
         "context": "document",
         "max_seq_length": 128,
-        "train_batch_tokens": 171,
+        "train_batch_tokens": 128,
         "decoding": "viterbi",
     },
     # Chosen by measurement on the sample corpus: see benchmarks/README.md.
