@@ -154,8 +154,9 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
         cure = f"{config.train_source} has no validation split"
         if config.train_file is not None:
             cure = "give --validation_file"
-        for what in filter(needs.get, needs):
-            raise UsageError(f"{what} needs validation data: {cure}")
+        for what, is_asked_for in needs.items():
+            if is_asked_for:
+                raise UsageError(f"{what} needs validation data: {cure}")
         if config.eval_strategy != "no":
             logger.warning("no validation data, so nothing is scored during training")
     return data
