@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.common import MINILM
 from benchmarks.machine import provenance, write_result
@@ -37,7 +38,7 @@ from bertner.hub import find_model
 from bertner.loop import train
 from bertner.model import BertForNER
 from bertner.optimizer import AdamW, build_optimizer
-from bertner.progress import StepReport
+from bertner.progress import StepReport, TrainResult, TrainState, Watcher
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
 
@@ -76,6 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no dropout": {**WINDOWS, "DROPOUT": 0.0},
     "averaged weights": {**WINDOWS, "AVERAGE": 0.998},
     # Other batches
+    "batches of 144 tokens": {**WINDOWS, "train_batch_tokens": 144},
     "batches of 342 tokens": {**WINDOWS, "train_batch_tokens": 342},
 }
 
@@ -87,8 +89,18 @@ DECIDING = {
 }
 
 
-class _Average:
-    """Keeps an exponential moving average of the weights; a `progress.Watcher`."""
+class _Watcher:
+    """A `progress.Watcher` of runs in which nothing is evaluated."""
+
+    def evaluating(self, num_rows: int) -> Callable[[int], None]:
+        raise AssertionError("nothing is evaluated")
+
+    def evaluated(self, step: int, epoch: float, evaluation: Evaluation, is_best: bool) -> None:
+        raise AssertionError("nothing is evaluated")
+
+
+class _Average(_Watcher):
+    """Keeps an exponential moving average of the weights."""
 
     EVERY = 10  # steps, which makes its cost a tenth and the average no other
 
@@ -110,11 +122,29 @@ class _Average:
         """Puts the average in the weights' place."""
         torch._foreach_copy_(self.parameters, self.average)
 
-    def evaluating(self, num_rows: int) -> Callable[[int], None]:
-        raise AssertionError("nothing is evaluated")
 
-    def evaluated(self, step: int, epoch: float, evaluation: Evaluation, is_best: bool) -> None:
-        raise AssertionError("nothing is evaluated")
+class _Clock(_Watcher):
+    """Times steps, from the end of the first one: that one lays out memory."""
+
+    def __init__(self, steps: int, average: _Average | None) -> None:
+        self.left = 1 + steps
+        self.average = average
+        self.start: float | None = None
+        self.seconds = 0.0
+        self.num_tokens = 0
+
+    def stepped(self, report: StepReport) -> None:
+        if self.average is not None:
+            self.average.stepped(report)
+        self.left -= 1
+        if self.start is None:
+            self.start = time.perf_counter()
+        else:
+            self.seconds = time.perf_counter() - self.start
+            self.num_tokens += report.num_tokens
+
+    def is_over(self) -> bool:
+        return self.left <= 0
 
 
 @contextmanager
@@ -186,42 +216,15 @@ class Lab:
             model = other
         return model, Tokenizer.from_pretrained(self.folder, model.config)
 
-    def train(
-        self, variant: str, seed: int, **changes: Any
-    ) -> tuple[BertForNER, Tokenizer, TrainConfig, dict[str, Any]]:
-        """Trains a variant: the model, what it was trained with, and what there is to tell."""
-        settings = {**VARIANTS[variant], **changes}
-        dropout, average, decay = (
-            settings.pop(name, None) for name in ("DROPOUT", "AVERAGE", "LAYER_DECAY")
-        )
-        config = TrainConfig.from_dict(
-            {**settings, "seed": seed, "eval_strategy": "no", "load_best_model_at_end": False}
-        )
-        model, tokenizer = self.start(seed, dropout)
-        rows = tokenize(self.corpora["train"], tokenizer, self.label_set, config.reading)
-        watcher = None if average is None else _Average(model, average)
-        start = time.perf_counter()
-        with nullcontext() if decay is None else _layer_decay(decay):
-            result = train(model, rows, config, watcher=watcher)
-        seconds = time.perf_counter() - start
-        if watcher is not None:
-            watcher.take()
-        record = {
-            "variant": variant,
-            "settings": VARIANTS[variant],
-            "seed": seed,
-            "model": self.name,
-            "steps": result.step,
-            "num_tokens": round(result.tokens_per_second * result.step / result.steps_per_second),
-            "seconds": seconds,
-            "epoch_tokens": rows.num_read,
-            **provenance(),
-        }
-        return model, tokenizer, config, record
-
     def run(self, variant: str, seed: int) -> dict[str, Any]:
         """Trains a variant and scores it."""
-        model, tokenizer, config, record = self.train(variant, seed)
+        run = _Run(self, variant, seed)
+        model, tokenizer, config = run.model, run.tokenizer, run.config
+        start = time.perf_counter()
+        result = run.train()
+        seconds = time.perf_counter() - start
+        if run.average is not None:
+            run.average.take()
         scores: dict[str, Any] = {}
         for split in self.corpora.keys() - {"train"}:
             for name, deciding in DECIDING.items():
@@ -231,7 +234,57 @@ class Lab:
                 reading = dataclasses.replace(config.reading, **{**plain, **deciding})
                 dataset = tokenize(self.corpora[split], tokenizer, self.label_set, reading)
                 scores[f"{split}, {name}"] = _scores(evaluate(model, dataset))
-        return {**record, "scores": scores}
+        return {
+            "variant": variant,
+            "settings": VARIANTS[variant],
+            "seed": seed,
+            "model": self.name,
+            "steps": result.step,
+            "num_tokens": round(result.tokens_per_second * result.step / result.steps_per_second),
+            "seconds": seconds,
+            **provenance(),
+            "scores": scores,
+        }
+
+
+class _Run:
+    """One variant in training with one seed."""
+
+    def __init__(self, lab: Lab, variant: str, seed: int) -> None:
+        settings = dict(VARIANTS[variant])
+        dropout, average, self.decay = (
+            settings.pop(name, None) for name in ("DROPOUT", "AVERAGE", "LAYER_DECAY")
+        )
+        self.config = TrainConfig.from_dict(
+            {**settings, "seed": seed, "eval_strategy": "no", "load_best_model_at_end": False}
+        )
+        self.model, self.tokenizer = lab.start(seed, dropout)
+        reading = self.config.reading
+        self.rows = tokenize(lab.corpora["train"], self.tokenizer, lab.label_set, reading)
+        self.average = None if average is None else _Average(self.model, average)
+        self.state: TrainState | None = None
+
+    def train(
+        self, watcher: Watcher | None = None, should_stop: Callable[[], bool] = lambda: False
+    ) -> TrainResult:
+        """Trains to the end, or until it is asked to stop; carries on from there the next time."""
+        with nullcontext() if self.decay is None else _layer_decay(self.decay):
+            result = train(
+                self.model,
+                self.rows,
+                self.config,
+                watcher=watcher or self.average,
+                state=self.state,
+                should_stop=should_stop,
+            )
+        self.state = result.state
+        return result
+
+    def time(self, steps: int) -> float:
+        """Seconds an epoch, by the next `steps` steps; variants differ in what an epoch reads."""
+        clock = _Clock(steps, self.average)
+        self.train(clock, clock.is_over)
+        return clock.seconds / clock.num_tokens * self.rows.num_read
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
@@ -271,15 +324,17 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def time_all(options: argparse.Namespace) -> None:
-    """Times a part of an epoch of each variant, in turn; nothing else may run on the machine."""
+    """Times a few steps of each variant in turn; nothing else may run on the machine.
+
+    Short turns see the same moods of a machine that others use too; many of them make up for those
+    that did not.
+    """
     lab = Lab(options.model, options.data, test=False)
-    for round_ in range(options.rounds):
-        for variant in options.variants:
-            *_, record = lab.train(variant, 42, max_steps=options.steps)
-            # Variants differ in how many special tokens and how much context an epoch reads.
-            seconds = record["seconds"] / record["num_tokens"] * record["epoch_tokens"]
+    runs = {variant: _Run(lab, variant, 42) for variant in options.variants}
+    for round_ in tqdm(range(options.rounds), unit="round", disable=None):
+        for variant in options.variants[:: 1 if round_ % 2 else -1]:
+            seconds = runs[variant].time(options.steps)
             _append(options.runs, {"time_of": variant, "round": round_, "epoch_seconds": seconds})
-            print(variant, f"{seconds:.0f} s an epoch", flush=True)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -305,7 +360,7 @@ def report(options: argparse.Namespace) -> None:
             "steps": of_variant[0]["steps"],
             "num_tokens": of_variant[0]["num_tokens"],
             "time_of_card": statistics.median(ratios) if ratios else None,
-            "time_of_card_spread": [min(ratios), max(ratios)] if ratios else None,
+            "time_of_card_quartiles": statistics.quantiles(ratios) if len(ratios) > 1 else None,
         }
         for name in of_variant[0]["scores"]:
             values = [run["scores"][name]["word_f1"] for run in of_variant]
@@ -344,8 +399,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42, help="the first one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of PyTorch; two runs of one each do more")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300, help="of each timing")
+    parser.add_argument("--rounds", type=int, default=40, help="of timings")
+    parser.add_argument("--steps", type=int, default=12, help="of each timing")
     parser.add_argument("--test", action="store_true", help="score conll2003/test.txt too")
     parser.add_argument("--name", help="write results/NAME.json")
     options = parser.parse_args()
