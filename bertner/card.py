@@ -312,6 +312,7 @@ def _procedure(facts: RunFacts) -> str:
         f"- eval_batch_size: {config.per_device_eval_batch_size}",
         f"- optimizer: AdamW, betas ({config.adam_beta1:g}, {config.adam_beta2:g}), "
         f"epsilon {config.adam_epsilon:g}",
+        f"- trained: {'all but the embeddings' if config.freeze_embeddings else 'all weights'}",
         f"- weight_decay: {config.weight_decay:g}, none for biases and LayerNorm",
         f"- max_grad_norm: {clipping}",
         f"- rows: {_rows(facts)}",

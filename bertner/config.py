@@ -368,6 +368,9 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0 for no clipping")
     warmup_steps: int = _option(0, "steps of linear warmup; wins over warmup_ratio")
     warmup_ratio: float = _option(0.0, "share of all steps that is warmup")
+    freeze_embeddings: bool = _option(
+        False, "leave the embeddings as they are; steps are shorter and take less memory"
+    )
     label_smoothing_factor: float = _option(
         0.0, "share of each training target that is spread evenly over all labels"
     )

@@ -120,7 +120,7 @@ def train(
     label_weights, row_weights = _weights(dataset, config.class_weights, device)
     make_batch, norm_of = (pack, gradient_norm) if config.packing else (collate, _reference_norm)
 
-    with _short_ways(model, config):
+    with _frozen(model, config), _short_ways(model, config):
         for step, micro_batches in schedule.steps_from(progress.step):
             if progress.finished or progress.stopped:
                 break
@@ -168,6 +168,20 @@ def _weights(
 def _reference_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The gradient's norm as PyTorch computes it, to the bit."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+@contextmanager
+def _frozen(model: BertForNER, config: TrainConfig) -> Iterator[None]:
+    """Keeps what is not to be trained out of backward; without a gradient no step changes it."""
+    frozen = list(model.bert.embeddings.parameters()) if config.freeze_embeddings else []
+    before = [parameter.requires_grad for parameter in frozen]
+    for parameter in frozen:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter, required in zip(frozen, before, strict=True):
+            parameter.requires_grad = required
 
 
 @contextmanager

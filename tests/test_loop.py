@@ -88,6 +88,19 @@ def test_a_run_learns(parts: Parts) -> None:
     assert not model.training
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_frozen_embeddings_stay_as_they_were(parts: Parts, packing: bool) -> None:
+    model, rows, _ = parts
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = TrainConfig(max_steps=3, freeze_embeddings=True, learning_rate=1e-3, packing=packing)
+    result = train(model, rows, config)
+    unchanged = {name for name, tensor in model.state_dict().items() if tensor.equal(before[name])}
+    assert unchanged == {name for name in before if "embeddings" in name}
+    assert not any("embeddings" in name for name in result.state.optimizer)
+    train(model, rows, replace(config, freeze_embeddings=False, learning_rate=1e-2))
+    assert not any(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("packing", "recording"), [(False, "tiny_losses.txt"), (True, "tiny_losses_packed.txt")]
 )

@@ -196,6 +196,7 @@ OTHER_WAYS = {
     "no saves, last weights kept": ["--save_strategy", "no", "--load_best_model_at_end", "false"],
     "no evaluation": ["--eval_strategy", "no", "--load_best_model_at_end", "false"],
     "another loss": ["--class_weights", "sqrt", "--label_smoothing_factor", "0.1"],
+    "embeddings frozen": ["--freeze_embeddings"],
     "part of an epoch": ["--max_steps", "16", "--save_strategy", "epoch"],
 }
 

@@ -134,7 +134,7 @@ def test_the_model_card_reads_back(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     extra = ["--warmup_ratio", "0.1", "--max_grad_norm", "0.7", "--label_smoothing_factor", "0.1"]
-    extra += ["--class_weights", "sqrt"]
+    extra += ["--class_weights", "sqrt", "--freeze_embeddings"]
     assert train_main([*arguments, *extra]) == 0
     assert "class weights: O 0.693, B-LOC 1.32, I-LOC 0, " in capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
@@ -162,6 +162,7 @@ def test_the_model_card_reads_back(
             "rows packed",
             "rows: a sentence each, up to 128 tokens; longer",
             "mean over labelled tokens, label_smoothing_factor 0.1, class_weights ",
+            "trained: all but the embeddings",
         ],
         "class_weights sqrt: `O` 0.693, `B-LOC` 1.32, `I-LOC` 0, ",
     ):

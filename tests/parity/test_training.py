@@ -59,8 +59,9 @@ def _load(
         {"attn_implementation": "eager"},
         {"warmup_steps": 4, "max_grad_norm": 0.5, "weight_decay": 0.1},
         {"max_grad_norm": 0.0, "num_train_epochs": 2.5},
+        {"freeze_embeddings": True, "weight_decay": 0.1},
     ],
-    ids=["defaults", "eager", "warmup-clip-decay", "no-clip-half-epoch"],
+    ids=["defaults", "eager", "warmup-clip-decay", "no-clip-half-epoch", "frozen-embeddings"],
 )
 def test_tiny_model_trains_to_the_same_bits(tmp_path: Path, settings: dict[str, object]) -> None:
     config = TrainConfig(learning_rate=1e-3, packing=False, **settings)

@@ -103,6 +103,7 @@ def train_with_trainer(
     hf_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.fast, **tokenizer.special_tokens
     )
+    model.bert.embeddings.requires_grad_(not config.freeze_embeddings)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         learning_rate=config.learning_rate,
