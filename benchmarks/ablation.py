@@ -31,6 +31,7 @@ from tqdm import tqdm
 from benchmarks.common import MINILM
 from benchmarks.machine import provenance, write_result
 from bertner import loop
+from bertner.card import markdown_table
 from bertner.config import RECIPES, TrainConfig
 from bertner.data import labels_for, tokenize
 from bertner.evaluation import Evaluation, evaluate
@@ -48,37 +49,37 @@ BEST = {name: RECIPES["best"][name] for name in RECIPES["best"] if name != "outp
 
 # Settings by name. Those in capitals are no settings of bertner: this script does them.
 VARIANTS: dict[str, dict[str, Any]] = {
+    # From the card's recipe to the best, part by part
     "card": {},
     "rate": RATE,
     "windows": WINDOWS,
+    "smaller batches": {**WINDOWS, "train_batch_tokens": 128},
     "best": BEST,
     # Other windows
-    "windows of 64": {**WINDOWS, "max_seq_length": 64},
-    "windows of 256": {**WINDOWS, "max_seq_length": 256},
-    "windows of 512": {**WINDOWS, "max_seq_length": 512},
-    "32 tokens of context": {**WINDOWS, "context_tokens": 32},
+    "windows of 64": {**BEST, "max_seq_length": 64},
+    "windows of 256": {**BEST, "max_seq_length": 256},
+    "windows of 512": {**BEST, "max_seq_length": 512},
+    "32 tokens of context": {**BEST, "context_tokens": 32},
     "a sentence and 64 tokens each side": {
-        **RATE,
-        "context": "document",
+        **BEST,
+        "max_seq_length": None,
         "context_unit": "sentence",
         "context_tokens": 64,
     },
     # Other rates
-    "rate 5e-5": {**WINDOWS, "learning_rate": 5e-5},
-    "rate 1.5e-4": {**WINDOWS, "learning_rate": 1.5e-4},
-    "rate 2e-4": {**WINDOWS, "learning_rate": 2e-4},
-    "rate 3e-4": {**WINDOWS, "learning_rate": 3e-4},
-    "layer decay 0.9": {**WINDOWS, "LAYER_DECAY": 0.9},
+    "rate 5e-5": {**BEST, "learning_rate": 5e-5},
+    "rate 1.5e-4": {**BEST, "learning_rate": 1.5e-4},
+    "rate 2e-4": {**BEST, "learning_rate": 2e-4},
+    "layer decay 0.9": {**BEST, "LAYER_DECAY": 0.9},
     # Other losses
-    "first wordpieces": {**WINDOWS, "label_all_tokens": False},
-    "label smoothing": {**WINDOWS, "label_smoothing_factor": 0.1},
-    "class weights": {**WINDOWS, "class_weights": "sqrt"},
+    "first wordpieces": {**BEST, "label_all_tokens": False},
+    "label smoothing": {**BEST, "label_smoothing_factor": 0.1},
+    "class weights": {**BEST, "class_weights": "sqrt"},
     # Other regularisation
-    "no dropout": {**WINDOWS, "DROPOUT": 0.0},
-    "averaged weights": {**WINDOWS, "AVERAGE": 0.998},
+    "no dropout": {**BEST, "DROPOUT": 0.0},
+    "averaged weights": {**BEST, "AVERAGE": 0.998},
     # Other batches
-    "batches of 144 tokens": {**WINDOWS, "train_batch_tokens": 144},
-    "batches of 342 tokens": {**WINDOWS, "train_batch_tokens": 342},
+    "batches of 342 tokens": {**BEST, "train_batch_tokens": 342},
 }
 
 DECIDING = {
@@ -359,7 +360,6 @@ def report(options: argparse.Namespace) -> None:
             "seeds": [run["seed"] for run in of_variant],
             "steps": of_variant[0]["steps"],
             "num_tokens": of_variant[0]["num_tokens"],
-            "time_of_card": statistics.median(ratios) if ratios else None,
             "time_of_card_quartiles": statistics.quantiles(ratios) if len(ratios) > 1 else None,
         }
         for name in of_variant[0]["scores"]:
@@ -376,17 +376,26 @@ def report(options: argparse.Namespace) -> None:
             )
         rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row if ", " in name))
-    print("| variant | seeds | " + " | ".join(names) + " | time |")
-    print("|" + "---|" * (len(names) + 3))
-    for row in rows:
-        cells = [
-            f"{row[name]['mean']:.4f} ({row[name]['std'] or 0:.4f})" if name in row else "-"
-            for name in names
-        ]
-        ratio = "-" if row["time_of_card"] is None else f"{row['time_of_card']:.2f}"
-        print(f"| {row['variant']} | {len(row['seeds'])} | {' | '.join(cells)} | {ratio} |")
+    header = ["variant", "seeds", *names, "subword, argmax", "time"]
+    print(markdown_table(header, [_cells(row, names) for row in rows]))
     if options.name:
         print(write_result(options.name, {"model": runs[0]["model"], "variants": rows}))
+
+
+def _cells(row: dict[str, Any], names: list[str]) -> list[str]:
+    """A variant's line of the table; the deviation only where there are several seeds."""
+    cells = [row["variant"], " ".join(map(str, row["seeds"]))]
+    for name in names:
+        scores = row.get(name)
+        cell = "" if scores is None else f"{scores['mean']:.4f}"
+        if scores is not None and scores["std"] is not None:
+            cell += f" ({scores['std']:.4f})"
+        cells.append(cell)
+    cells.append(f"{row['validation, argmax']['subword_f1']:.4f}")
+    if row["time_of_card_quartiles"] is None:
+        return [*cells, ""]
+    low, median, high = row["time_of_card_quartiles"]
+    return [*cells, f"{median:.2f} ({low:.2f}-{high:.2f})"]
 
 
 def main() -> None:

@@ -602,6 +602,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "context": "document",
         "max_seq_length": 128,
         "train_batch_tokens": 128,
+        "freeze_embeddings": True,
         "decoding": "viterbi",
     },
     # Chosen by measurement on the sample corpus: see benchmarks/README.md.

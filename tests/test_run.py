@@ -548,6 +548,7 @@ def test_the_best_recipe_on_documents(
     card = (out / "README.md").read_text()
     assert "sentences of a document as fit into 60 tokens, with up to 6 tokens of" in card
     assert "about 128 tokens x 1 micro-batches = 128" in card
+    assert "trained: all but the embeddings" in card
     assert "and the transitions that the tag scheme allows" in card
     assert "Viterbi gave " in card
     results = json.loads((out / "all_results.json").read_text())
