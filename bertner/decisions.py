@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bertner.batches import PackedBatch, PaddedBatch
-from bertner.data import TokenDataset, align_labels, begins_word
+from bertner.data import TokenDataset, begins_word
 from bertner.decoding import repair, stranded_types
 from bertner.errors import UsageError
 from bertner.labels import IntArray
@@ -23,9 +23,7 @@ class Decisions:
     Attributes:
         labels: (num_words,) label ids; O for words without wordpieces.
         scores: (num_words,) probability of each label; 1 for words without wordpieces.
-        token_labels: (num_tokens,) label ids of the wordpieces. They are each wordpiece's own best
-            label, unless words are decided by more than their first wordpiece's best one: then all
-            wordpieces follow their word.
+        token_labels: (num_tokens,) each wordpiece's own best label id, however words are decided.
         num_repaired: Words whose best label was not legal where it stood, or had to change for one
             that was not.
     """
@@ -105,5 +103,4 @@ class Decider:
             labels, num_repaired = repair(labels, word_scores, starts, dataset.label_set)
         best = np.take_along_axis(word_scores, labels[:, None].astype(np.int64), 1)[:, 0]
         scores = np.exp(best - np.logaddexp.reduce(word_scores, axis=1))
-        token_labels = align_labels(labels, dataset.word_ids, dataset.label_set, True)
-        return Decisions(labels, scores, token_labels, num_repaired)
+        return Decisions(labels, scores, self._labels, num_repaired)

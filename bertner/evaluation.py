@@ -29,7 +29,8 @@ class Evaluation:
         loss: Mean over the labelled tokens.
         loss_batch_mean: The Trainer's `eval_loss`: the mean over batches of their means, weighted
             by rows, which depends on the batch size.
-        subword: Scores on the wordpieces that carry a label, as in Trainer-made model cards.
+        subword: Scores on the wordpieces that carry a label, each wordpiece with its own best one,
+            as in Trainer-made model cards; however words are decided.
         word: Scores on words, each decided once, by default by its first wordpiece, as in
             CoNLL-2003.
         word_predictions: (num_words,) predicted label of every word.
@@ -105,8 +106,8 @@ def evaluate(
     """
     start = time.perf_counter()
     device, was_training = model.device, model.training
-    model.eval()
     decider = Decider(dataset)
+    model.eval()
     losses = np.zeros(len(dataset.input_ids), dtype=np.float32)
     batches: Iterator[PackedBatch | PaddedBatch] = (
         packed_by_length(dataset, batch_tokens, device)
