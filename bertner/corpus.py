@@ -120,7 +120,7 @@ class CorpusSummary:
 
     Attributes:
         source: File or dataset, as named in messages.
-        sha256: Hash of the file's bytes, or of the words and tags of a dataset.
+        sha256: Hash of the file's bytes, or of what was read of a dataset.
         scheme: Tag scheme that the source uses.
         type_names: Entity types, sorted.
         num_documents: Number of documents; a source without boundaries is one.
@@ -149,7 +149,7 @@ class Corpus(Sentences):
         source: File or dataset, as named in messages.
         type_names: Entity types, sorted; `types` are indices into them.
         scheme: Tag scheme that the source uses.
-        sha256: Hash of the file's bytes, or of the words and tags of a dataset.
+        sha256: Hash of the file's bytes, or of what was read of a dataset.
         marks_documents: Whether the source says where documents begin.
     """
 

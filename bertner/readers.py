@@ -497,11 +497,13 @@ def _table_sentences(
     digest: hashlib._Hash | None,
     columns: Columns,
 ) -> Iterator[RawSentence]:
-    """The records of a table; `digest`, if there is one, takes in their words and tags."""
+    """The records of a table; `digest`, if there is one, takes in all that comes of them."""
     source, text_column, label_column = builder.source, columns.text, columns.label
     for column in (text_column, label_column):
         _check_list_column(table, column, source)
     document_column = columns.find_document(table.column_names, source)
+    if document_column is not None:
+        _check_once(table, document_column, source)
     builder.marks_documents = document_column is not None
     document_of: dict[Any, int] = {}
     for begin in range(0, table.num_rows, _TABLE_ROWS):
@@ -520,7 +522,8 @@ def _table_sentences(
             _check_columns(words, tags, builder, number, text_column, label_column)
             tags = _named_tags(tags, builder, number)
             if digest is not None:
-                digest.update(json.dumps([words, tags]).encode())
+                read = [words, tags] if document_column is None else [words, tags, document]
+                digest.update(json.dumps(read).encode())
             yield document, words, tags, [number] * len(words)
 
 
@@ -534,14 +537,19 @@ def _check_list_column(table: Any, column: str, source: str) -> None:
             "(--text_column_name and --label_column_name name other columns)",
             source,
         )
-    if names.count(column) > 1:
-        raise DataError(f"has {names.count(column)} columns {column!r}; keep one", source)
+    _check_once(table, column, source)
     kind = table.schema.field(column).type
     if not (kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)):
         raise DataError(
             f"column {column!r} must hold a list in each record, one element a word, not {kind}",
             source,
         )
+
+
+def _check_once(table: Any, column: str, source: str) -> None:
+    count = table.column_names.count(column)
+    if count > 1:
+        raise DataError(f"has {count} columns {column!r}; keep one", source)
 
 
 def _values(table: Any, column: str, source: str) -> list[Any]:

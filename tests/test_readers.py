@@ -500,6 +500,16 @@ def test_table_without_a_file_is_hashed_by_content() -> None:
     assert corpus.sha256 != corpus_of([["B-X"]], "b").sha256
 
 
+def test_the_hash_of_a_table_tells_documents_apart() -> None:
+    def hash_of(documents: list[Any] | None) -> str:
+        columns = {} if documents is None else {"doc_id": documents}
+        table = pa.table({"tokens": [["a"], ["b"]], "ner_tags": [["B-X"], ["O"]], **columns})
+        return open_table(table, "made-up[train]", COLUMNS, None).read().sha256
+
+    assert hash_of([1, 1]) == hash_of(["x", "x"])
+    assert len({hash_of(None), hash_of([1, 1]), hash_of([1, 2])}) == 3
+
+
 def table_that_is_not_utf8() -> pa.Table:
     offsets, data = pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xff")
     words = pa.ListArray.from_arrays([0, 1], pa.StringArray.from_buffers(1, offsets, data))
@@ -861,7 +871,7 @@ def parquet(**columns: Any) -> bytes:
 
 
 def duplicated(column: str) -> bytes:
-    table = pa.table({"tokens": [["a"]], "ner_tags": [["O"]]})
+    table = pa.table({"tokens": [["a"]], "ner_tags": [["O"]], "doc_id": [1]})
     return table_bytes(table.append_column(column, table.column(column)))
 
 
@@ -880,6 +890,7 @@ BAD_PARQUET: list[tuple[bytes, int | None, str]] = [
     (table_bytes(pa.table({})), None, "has no column 'tokens' but nothing"),
     (duplicated("tokens"), None, "has 2 columns 'tokens'; keep one"),
     (duplicated("ner_tags"), None, "has 2 columns 'ner_tags'; keep one"),
+    (duplicated("doc_id"), None, "has 2 columns 'doc_id'; keep one"),
     (parquet()[:0] + table_bytes(pa.table({"tokens": ["a"], "ner_tags": [["O"]]})), None, "a list"),
     (parquet(ner_tags=["O", "O"]), None, "column 'ner_tags' must hold a list in each.* not string"),
     (parquet(ner_tags=[0, 0]), None, "column 'ner_tags' must hold a list .* not int64"),
