@@ -203,6 +203,7 @@ class Lab:
         self.corpora = {
             split: read_file(data / "conll2003" / f"{file}.txt") for split, file in files.items()
         }
+        self.scored = [split for split in files if split != "train"]
         self.label_set = labels_for(self.corpora["train"])
 
     def start(self, seed: int, dropout: float | None = None) -> tuple[BertForNER, Tokenizer]:
@@ -227,7 +228,7 @@ class Lab:
         if run.average is not None:
             run.average.take()
         scores: dict[str, Any] = {}
-        for split in self.corpora.keys() - {"train"}:
+        for split in self.scored:
             for name, deciding in DECIDING.items():
                 if name.startswith("all") and not config.label_all_tokens:
                     continue
@@ -305,6 +306,26 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def _runs(path: Path, model: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """By variant and seed the newest run of a model, of those with the settings of now."""
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
+    for record in _read(path):
+        variant = record.get("variant")
+        if record["model"] == model and record["settings"] == VARIANTS.get(variant):
+            runs[variant, record["seed"]] = record
+    return runs
+
+
+def _times(path: Path, model: str) -> dict[str, dict[int, float]]:
+    """By variant and round what an epoch takes, in seconds."""
+    times: dict[str, dict[int, float]] = defaultdict(dict)
+    for record in _read(path):
+        variant = record.get("time_of")
+        if record["model"] == model and record["settings"] == VARIANTS.get(variant):
+            times[variant][record["round"]] = record["epoch_seconds"]
+    return times
+
+
 def _append(path: Path, record: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(record) + "\n")
@@ -315,8 +336,8 @@ def run_all(options: argparse.Namespace) -> None:
     lab = Lab(options.model, options.data, options.test)
     for seed in range(options.seed, options.seed + options.seeds):
         for variant in options.variants:
-            done = {(r["variant"], r["seed"], r["model"]) for r in _read(options.runs)}
-            if (variant, seed, lab.name) in done:
+            done = _runs(options.runs, lab.name).get((variant, seed))
+            if done and all(f"{split}, argmax" in done["scores"] for split in lab.scored):
                 continue
             record = lab.run(variant, seed)
             _append(options.runs, record)
@@ -332,54 +353,68 @@ def time_all(options: argparse.Namespace) -> None:
     """
     lab = Lab(options.model, options.data, test=False)
     runs = {variant: _Run(lab, variant, 42) for variant in options.variants}
+    # Rounds are compared within themselves, so those of before keep their numbers.
+    before = _times(options.runs, lab.name)
+    first = 1 + max((number for rounds in before.values() for number in rounds), default=-1)
     for round_ in tqdm(range(options.rounds), unit="round", disable=None):
         for variant in options.variants[:: 1 if round_ % 2 else -1]:
-            seconds = runs[variant].time(options.steps)
-            _append(options.runs, {"time_of": variant, "round": round_, "epoch_seconds": seconds})
+            record = {
+                "time_of": variant,
+                "settings": VARIANTS[variant],
+                "model": lab.name,
+                "round": first + round_,
+                "epoch_seconds": runs[variant].time(options.steps),
+            }
+            _append(options.runs, record)
 
 
 def report(options: argparse.Namespace) -> None:
     """Prints the table and writes it to `results/`."""
-    records = _read(options.runs)
-    times: dict[str, dict[int, float]] = defaultdict(dict)
-    for record in records:
-        if "time_of" in record:
-            times[record["time_of"]][record["round"]] = record["epoch_seconds"]
-    runs = [record for record in records if "variant" in record]
+    runs, times = _runs(options.runs, options.model), _times(options.runs, options.model)
     rows = []
-    for variant in dict.fromkeys(run["variant"] for run in runs):
-        of_variant = [run for run in runs if run["variant"] == variant]
+    for variant in VARIANTS:
+        of_variant = [runs[key] for key in sorted(runs) if key[0] == variant]
         ratios = [
             value / times["card"][round_]
             for round_, value in times[variant].items()
             if round_ in times["card"]
         ]
-        row: dict[str, Any] = {
-            "variant": variant,
-            "settings": of_variant[0]["settings"],
-            "seeds": [run["seed"] for run in of_variant],
-            "steps": of_variant[0]["steps"],
-            "num_tokens": of_variant[0]["num_tokens"],
-            "time_of_card_quartiles": statistics.quantiles(ratios) if len(ratios) > 1 else None,
-        }
-        for name in of_variant[0]["scores"]:
-            values = [run["scores"][name]["word_f1"] for run in of_variant]
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            row[name] = {"word_f1": values, "mean": statistics.mean(values), "std": deviation}
-            kinds = of_variant[0]["scores"][name]["per_type"]
-            row[name]["per_type"] = {
-                kind: statistics.mean(run["scores"][name]["per_type"][kind] for run in of_variant)
-                for kind in kinds
+        if of_variant or ratios:
+            row = {
+                "variant": variant,
+                "settings": VARIANTS[variant],
+                "seeds": [run["seed"] for run in of_variant],
+                "time_of_card_quartiles": statistics.quantiles(ratios) if len(ratios) > 1 else None,
+                **_summary(of_variant),
             }
-            row[name]["subword_f1"] = statistics.mean(
-                run["scores"][name]["subword_f1"] for run in of_variant
-            )
-        rows.append(row)
+            rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row if ", " in name))
     header = ["variant", "seeds", *names, "subword, argmax", "time"]
     print(markdown_table(header, [_cells(row, names) for row in rows]))
     if options.name:
-        print(write_result(options.name, {"model": runs[0]["model"], "variants": rows}))
+        print(write_result(options.name, {"model": options.model, "variants": rows}))
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the runs of a variant have in common, and their scores by split and way of deciding."""
+    if not runs:
+        return {}
+    summary: dict[str, Any] = {name: runs[0][name] for name in ("steps", "num_tokens")}
+    for name in runs[0]["scores"]:
+        scores = [run["scores"][name] for run in runs if name in run["scores"]]
+        values = [score["word_f1"] for score in scores]
+        summary[name] = {
+            "word_f1": values,
+            "mean": statistics.mean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "per_type": {
+                kind: statistics.mean(score["per_type"][kind] for score in scores)
+                for kind in scores[0]["per_type"]
+            },
+        }
+        if name.endswith(", argmax"):  # however words are decided, it is the same
+            summary[name]["subword_f1"] = statistics.mean(score["subword_f1"] for score in scores)
+    return summary
 
 
 def _cells(row: dict[str, Any], names: list[str]) -> list[str]:
@@ -391,7 +426,8 @@ def _cells(row: dict[str, Any], names: list[str]) -> list[str]:
         if scores is not None and scores["std"] is not None:
             cell += f" ({scores['std']:.4f})"
         cells.append(cell)
-    cells.append(f"{row['validation, argmax']['subword_f1']:.4f}")
+    plain = row.get("validation, argmax")
+    cells.append("" if plain is None else f"{plain['subword_f1']:.4f}")
     if row["time_of_card_quartiles"] is None:
         return [*cells, ""]
     low, median, high = row["time_of_card_quartiles"]
