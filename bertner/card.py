@@ -194,8 +194,8 @@ def _scores(facts: RunFacts) -> str:
     parts = [
         "An entity counts as found if its first and last word and its type are right (the rule of "
         f"CoNLL-2003's `conlleval`). **Word level** decides each word {_decision(facts)}, and is "
-        "what papers report. **Subword level** counts over labelled wordpieces, as cards made by "
-        "the Hugging Face Trainer do; the two cannot be compared."
+        "what papers report. **Subword level** counts over labelled wordpieces, each by its own "
+        "best label, as cards made by the Hugging Face Trainer do; the two cannot be compared."
     ]
     for split, evaluation in facts.evaluations.items():
         parts.append(
@@ -225,14 +225,16 @@ def _decision(facts: RunFacts) -> str:
 
 def _rows(facts: RunFacts) -> str:
     """What a row is."""
-    reading = facts.config.reading
+    reading, limit = facts.config.reading, facts.max_length - 2
+    context, overlap = reading.context_budget(limit), reading.overlap(limit)
     text = f"a sentence each, up to {facts.max_length} tokens"
     if reading.context != "none" and reading.context_unit == "window":
-        text = f"as many neighbouring sentences of a document as fit into {facts.max_length} tokens"
-    if reading.context != "none" and reading.context_tokens:
-        text += f", with up to {reading.context_tokens} tokens of the document on each side"
-    overlap = reading.overlap(facts.max_length - 2)
-    return f"{text}; longer sentences in parts that share up to {overlap} tokens"
+        room = facts.max_length - 2 * context
+        text = f"as many neighbouring sentences of a document as fit into {room} tokens"
+    if context:
+        text += f", with up to {context} tokens of the document on each side"
+    # The last part is filled up from before.
+    return f"{text}; longer sentences in parts that share {overlap} tokens, the last two often more"
 
 
 def _score_table(scores: EntityScores, title: str) -> str:
@@ -273,7 +275,7 @@ def _data(facts: RunFacts) -> str:
     header = ["Split", "Source", "Documents", "Sentences", "Words", "Entities", "Tags", "SHA-256"]
     return (
         markdown_table(header, rows)
-        + "\n\nThe hash begins the SHA-256 of the file, or of the words and tags of a dataset; "
+        + "\n\nThe hash begins the SHA-256 of the file, or of what was read of a dataset; "
         f"`run.json` has it whole.{subset} One pass over the training data is "
         f"{facts.num_train_tokens:,} tokens, special tokens included. Labels, in order: "
         + ", ".join(f"`{label}`" for label in facts.model.label_names)

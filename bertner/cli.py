@@ -100,6 +100,15 @@ def _train_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Settings that say the same as others in another way, which would win over them: given later than
+# the other, as over a recipe, each is in its place.
+_REPLACES = {
+    "per_device_train_batch_size": "train_batch_tokens",
+    "warmup_steps": "warmup_ratio",
+    "warmup_ratio": "warmup_steps",
+}
+
+
 def parse_train_config(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, str]:
     """Reads the command line of `bertner-train`.
 
@@ -114,9 +123,11 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> tuple[TrainCon
     recipe = given.pop("recipe", "quickstart" if quickstart else "card")
     config_file = given.pop("config", None)
     settings = dict(RECIPES[recipe])
-    if config_file is not None:
-        settings.update(read_settings(config_file))
-    settings.update(given)
+    for later in ({} if config_file is None else read_settings(config_file), given):
+        for name, other in _REPLACES.items():
+            if name in later and other not in later:
+                settings.pop(other, None)
+        settings.update(later)
     # The sample corpus is for those who name no data, and is never mixed with theirs.
     files = {f"{split}_file": SAMPLE / f"{split}.txt" for split in ("train", "validation", "test")}
     if quickstart and not any(settings.get(name) for name in (*files, "dataset_name")):

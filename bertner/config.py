@@ -45,12 +45,13 @@ class Reading:
     Attributes:
         label_all_tokens: Whether every wordpiece of a word carries its label, or only the first.
         max_seq_length: Longest row in tokens; None for the model's own limit.
-        window_overlap: Tokens that neighbouring rows of a long sentence share; None for a quarter
-            of the row.
+        window_overlap: Tokens that neighbouring rows of a long sentence share, about: rows are cut
+            between words, and the last one is filled up from before. None for a quarter of the row.
         context: "none", or "document" for rows that read neighbouring sentences too.
         context_unit: What a row is about: "sentence", or "window" for as many whole sentences of a
             document as it holds.
-        context_tokens: Most tokens that a row reads on each side of what it is about.
+        context_tokens: Most tokens that a row reads on each side of what it is about; None for 64
+            if that is a sentence, as in FLERT (Schweter and Akbik, 2020), and none for a window.
         word_decision: What decides a word: its "first" wordpiece, or "all" of them together.
         decoding: "argmax" for each word's best label, or "viterbi" for the best sequence of labels
             that the tag scheme allows.
@@ -61,9 +62,46 @@ class Reading:
     window_overlap: int | None = None
     context: str = "none"
     context_unit: str = "window"
-    context_tokens: int = 0
+    context_tokens: int | None = None
     word_decision: str = "first"
     decoding: str = "argmax"
+
+    def __post_init__(self) -> None:
+        settings = {item.name: item for item in dataclasses.fields(TrainConfig)}
+        for item in dataclasses.fields(self):
+            _check_setting(settings[item.name], getattr(self, item.name))
+        if self.word_decision == "all" and not self.label_all_tokens:
+            raise UsageError(
+                "word_decision all needs label_all_tokens: otherwise nothing trains the wordpieces "
+                "after a word's first"
+            )
+        if (self.context, self.context_unit, self.context_tokens) == ("document", "sentence", 0):
+            raise UsageError("context_tokens 0 gives a sentence no context; use context none")
+        if self.max_seq_length is not None:
+            self.overlap(self.max_seq_length - 2)
+            self.context_budget(self.max_seq_length - 2)
+
+    def context_budget(self, limit: int) -> int:
+        """Most tokens that a row reads on each side of what it is about.
+
+        Args:
+            limit: Most tokens in a row, without special tokens.
+
+        Raises:
+            UsageError: They would leave a window no room for sentences of its own.
+        """
+        if self.context == "none":
+            return 0
+        if self.context_unit == "sentence":
+            return 64 if self.context_tokens is None else self.context_tokens
+        tokens = self.context_tokens or 0
+        if 2 * tokens >= limit:
+            raise UsageError(
+                f"context_tokens {tokens} on each side leaves nothing of a row, which has {limit} "
+                f"tokens besides [CLS] and [SEP]; use at most {(limit - 1) // 2}, or context_unit "
+                "sentence"
+            )
+        return tokens
 
     def overlap(self, limit: int) -> int:
         """Tokens that neighbouring rows of a long sentence share.
@@ -224,7 +262,7 @@ class BertConfig:
                 labels = {label: f"LABEL_{label}" for label in range(count)}
             shape["id2label"] = {int(label): str(name) for label, name in labels.items()}
             if (reading := values.get(_READING)) is not None:
-                shape["reading"] = TrainConfig.from_dict(dict(reading)).reading
+                shape["reading"] = Reading(**reading)
             return cls(**shape)
         except UsageError as error:
             raise ModelError(f"{_READING}: {error}", path) from None
@@ -324,8 +362,10 @@ class TrainConfig:
         "with context, what a row is about: one sentence, or as many as it holds",
         choices="sentence window",
     )
-    context_tokens: int = _option(
-        0, "with context, tokens that a row reads on each side of what it is about"
+    context_tokens: int | None = _option(
+        None,
+        "with context, tokens that a row reads on each side of what it is about "
+        "(default: 64 of a sentence, 0 of a window)",
     )
     word_decision: str = _option(
         "first",
@@ -420,22 +460,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            self._check_type(item)
-        at_least = {
-            1: "per_device_train_batch_size per_device_eval_batch_size eval_batch_tokens "
-            "train_batch_tokens gradient_accumulation_steps "
-            "logging_steps eval_steps save_steps save_total_limit max_train_samples "
-            "max_eval_samples early_stopping_patience seeds",
-            0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-            "warmup_steps warmup_ratio num_train_epochs seed window_overlap context_tokens "
-            "early_stopping_threshold label_smoothing_factor",
-            3: "max_seq_length",  # [CLS], one piece, [SEP]
-        }
-        for minimum, names in at_least.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and value < minimum:
-                    raise UsageError(f"{name} must be at least {minimum}, not {value}")
+            _check_setting(item, getattr(self, item.name))
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{name} must be below 1, not {getattr(self, name)}")
@@ -469,13 +494,7 @@ class TrainConfig:
             )
         if not self.packing and self.matmul == "onednn":
             raise UsageError("matmul onednn is for packed rows; leave out --no-packing")
-        if self.word_decision == "all" and not self.label_all_tokens:
-            raise UsageError(
-                "word_decision all needs label_all_tokens: otherwise nothing trains the wordpieces "
-                "after a word's first"
-            )
-        if self.max_seq_length is not None:
-            self.reading.overlap(self.max_seq_length - 2)
+        _ = self.reading  # is checked as it is made
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise UsageError("load_best_model_at_end needs eval_strategy steps or epoch")
         if self.early_stopping_patience and self.eval_strategy == "no":
@@ -489,26 +508,6 @@ class TrainConfig:
                 "resume_from_checkpoint is for one seed: leave it out, and each of the seeds is "
                 "carried on from its newest checkpoint"
             )
-
-    def _check_type(self, item: dataclasses.Field[Any]) -> None:
-        """Checks one value against its field's annotation; an integer is a fine float."""
-        value, kind = getattr(self, item.name), str(item.type)
-        if value is None and kind.endswith("| None"):
-            return
-        kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
-        wanted = kinds[kind.split(" ")[0]]
-        is_bool = isinstance(value, bool)
-        if not isinstance(value, wanted) or (is_bool and wanted is not bool):
-            raise UsageError(f"{item.name} must be {kind.split(' ')[0]}, not {value!r}")
-        if kind.startswith("float") and not _is_number(value):
-            raise UsageError(f"{item.name} must be finite, not {value}")
-        if kind.startswith("int") and abs(value) >= 2**63:
-            raise UsageError(f"{item.name} must be below 2**63, not {value}")
-        if value == "":
-            raise UsageError(f"{item.name} must not be empty")
-        choices = item.metadata["choices"]
-        if choices and value not in choices:
-            raise UsageError(f"{item.name} must be one of {' '.join(choices)}, not {value!r}")
 
     @property
     def reading(self) -> Reading:
@@ -538,6 +537,46 @@ class TrainConfig:
         """
         check_settings(values)
         return cls(**values)
+
+
+# Values that settings have at least.
+_MINIMUM = {
+    name: minimum
+    for minimum, names in {
+        1: "per_device_train_batch_size per_device_eval_batch_size eval_batch_tokens "
+        "train_batch_tokens gradient_accumulation_steps "
+        "logging_steps eval_steps save_steps save_total_limit max_train_samples "
+        "max_eval_samples early_stopping_patience seeds",
+        0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+        "warmup_steps warmup_ratio num_train_epochs seed window_overlap context_tokens "
+        "early_stopping_threshold label_smoothing_factor",
+        3: "max_seq_length",  # [CLS], one piece, [SEP]
+    }.items()
+    for name in names.split()
+}
+
+
+def _check_setting(item: dataclasses.Field[Any], value: Any) -> None:
+    """Checks a value against its field of TrainConfig; an integer is a fine float."""
+    kind = str(item.type)
+    if value is None and kind.endswith("| None"):
+        return
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+    wanted = kinds[kind.split(" ")[0]]
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, wanted) or (is_bool and wanted is not bool):
+        raise UsageError(f"{item.name} must be {kind.split(' ')[0]}, not {value!r}")
+    if kind.startswith("float") and not _is_number(value):
+        raise UsageError(f"{item.name} must be finite, not {value}")
+    if kind.startswith("int") and abs(value) >= 2**63:
+        raise UsageError(f"{item.name} must be below 2**63, not {value}")
+    if value == "":
+        raise UsageError(f"{item.name} must not be empty")
+    choices = item.metadata["choices"]
+    if choices and value not in choices:
+        raise UsageError(f"{item.name} must be one of {' '.join(choices)}, not {value!r}")
+    if item.name in _MINIMUM and value < _MINIMUM[item.name]:
+        raise UsageError(f"{item.name} must be at least {_MINIMUM[item.name]}, not {value}")
 
 
 def check_settings(values: Mapping[str, Any], path: object = None) -> None:

@@ -362,7 +362,8 @@ def _check_documents(corpus: Corpus | CorpusSummary, reading: Reading) -> None:
     if reading.context != "none" and not corpus.marks_documents:
         raise DataError(
             "does not say where documents begin, which --context document needs: add -DOCSTART- "
-            "lines or a document_id column (--document_column_name), or give --context none",
+            "lines or a document_id column (--document_column_name), from the first record on; or "
+            "give --context none",
             corpus.source,
         )
 
@@ -380,7 +381,7 @@ def _divide(
         reading.overlap(limit),
         documents=None if reading.context == "none" else dataset.documents,
         join=reading.context_unit == "window",
-        context=reading.context_tokens,
+        context=reading.context_budget(limit),
     )
     warnings = []
     if rows.num_cut:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -108,6 +109,7 @@ def train(
         CheckpointError: `state` is not one of such a run.
     """
     device = model.device
+    model.config = replace(model.config, reading=dataset.reading)  # goes where the weights go
     parameters = list(model.parameters())
     optimizer = build_optimizer(model, config)
     schedule = Schedule(dataset.row_lengths, config)

@@ -128,6 +128,7 @@ class Progress:
         "step": (int,),
         "losses": (float,),
         "tokens": (int,),
+        "metric": (str,),
         "best": (float, type(None)),
         "best_step": (int, type(None)),
         # Evaluations in a row without an improvement that counts.
@@ -164,6 +165,7 @@ class Progress:
         self.step = 0
         self.losses = 0.0
         self.tokens = 0
+        self.metric = config.metric_for_best_model.removeprefix("eval_")
         self.best: float | None = None
         self.best_step: int | None = None
         self.early_stopping_patience_counter = 0
@@ -206,9 +208,12 @@ class Progress:
             value = state.counters.get(name)
             if type(value) not in types:
                 raise CheckpointError(f"cannot be carried on from: its {name} is {value!r}")
-            if name != "seconds":
+            if name not in ("seconds", "metric"):
                 setattr(self, name, value)
         self.start -= float(state.counters["seconds"])
+        if state.counters["metric"] != self.metric:  # what was best by the other one says nothing
+            self.best = self.best_step = None
+            self.early_stopping_patience_counter = 0
         if not 0 <= self.step <= self.total_steps:
             raise CheckpointError(
                 f"cannot be carried on from: it is of step {self.step}, the run has "
@@ -285,9 +290,8 @@ class Progress:
             on_batch=self.watcher.evaluating(len(self.dataset)) if self.watcher else None,
             should_stop=self.should_stop,
         )
-        name = self.config.metric_for_best_model.removeprefix("eval_")
-        value = self.last.metrics()[name]
-        better = -value if name == "loss" else value
+        value = self.last.metrics()[self.metric]
+        better = -value if self.metric == "loss" else value
         is_best = self.best is None or better > self.best
         threshold = self.config.early_stopping_threshold
         if self.best is None or better - self.best > threshold:

@@ -472,7 +472,7 @@ def _reading_of(options: argparse.Namespace, config: BertConfig) -> Reading:
     settings = dataclasses.asdict(config.reading or Reading())
     asked = {name: getattr(options, name, None) for name in settings}
     settings.update({name: value for name, value in asked.items() if value is not None})
-    return TrainConfig.from_dict(settings).reading
+    return Reading(**settings)
 
 
 def run_prediction(options: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from bertner.config import (
     METRICS,
     RECIPES,
     BertConfig,
+    Reading,
     TrainConfig,
     check_settings,
     read_settings,
@@ -240,6 +241,8 @@ def _values_of(item: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         return st.just("sdpa")  # eager is for padded rows alone
     if item.name == "matmul":
         return st.sampled_from(["auto", "default"])  # onednn for packed ones
+    if item.name == "context_tokens":
+        return st.none()  # others need context, and room in a row
     if item.name == "window_overlap":
         return st.sampled_from([None, 0])  # at most half of the longest row
     if item.name == "word_decision":
@@ -314,6 +317,14 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     *[({"max_seq_length": value}, "max_seq_length must be at least 3") for value in (2, 0, -1)],
     ({"word_decision": "all", "label_all_tokens": False}, "all needs label_all_tokens"),
     ({"max_seq_length": 20, "window_overlap": 10}, "window_overlap 10 .*; use at most 9"),
+    (
+        {"context": "document", "context_unit": "sentence", "context_tokens": 0},
+        "context_tokens 0 gives a sentence no context",
+    ),
+    (
+        {"context": "document", "max_seq_length": 20, "context_tokens": 9},
+        "context_tokens 9 on each side .*; use at most 8",
+    ),
     *[({name: -1}, name) for name in ("window_overlap", "context_tokens", "train_batch_tokens")],
     *[({"seed": value}, "seed") for value in (-1, 1.5, 2**64)],
     *[({"warmup_steps": value}, "warmup_steps") for value in (-1, 0.5)],
@@ -369,6 +380,37 @@ def test_train_config_refuses(values: dict[str, Any], pattern: str) -> None:
 def test_train_config_accepts(values: dict[str, Any]) -> None:
     config = TrainConfig(**values)
     assert {name: getattr(config, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("values", "pattern"),
+    [
+        ({"decoding": "Viterbi"}, "decoding must be one of argmax viterbi, not 'Viterbi'"),
+        ({"context": "doc"}, "context must be one of"),
+        ({"word_decision": "ALL"}, "word_decision must be one of"),
+        ({"max_seq_length": 2}, "max_seq_length must be at least 3"),
+        ({"window_overlap": -3}, "window_overlap must be at least 0"),
+        ({"label_all_tokens": None}, "label_all_tokens must be bool"),
+    ],
+)
+def test_a_reading_is_checked_as_settings_are(values: dict[str, Any], pattern: str) -> None:
+    with pytest.raises(UsageError, match=pattern):
+        Reading(**values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "tokens"),
+    [
+        ({}, 10, 0),
+        ({"context_tokens": 9}, 10, 0),
+        ({"context": "document"}, 10, 0),
+        ({"context": "document", "context_tokens": 4}, 10, 4),
+        ({"context": "document", "context_unit": "sentence"}, 10, 64),
+        ({"context": "document", "context_unit": "sentence", "context_tokens": 9}, 10, 9),
+    ],
+)
+def test_context_on_each_side(settings: dict[str, Any], limit: int, tokens: int) -> None:
+    assert Reading(**settings).context_budget(limit) == tokens
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))

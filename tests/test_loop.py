@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bertner import progress
 from bertner.batches import Schedule, collate, epoch_order
-from bertner.config import TrainConfig
+from bertner.config import Reading, TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.errors import CheckpointError, NotFiniteError, UsageError
 from bertner.loop import (
@@ -437,6 +437,30 @@ def test_a_run_that_stops_early_is_carried_on_to_the_same_step(parts: Parts) -> 
         assert (again.step, again.stopped_early, again.loss) == (6, True, result.loss)
         for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_the_model_says_how_it_was_trained_to_read(parts: Parts) -> None:
+    model, rows, _ = parts
+    once = TrainConfig(max_steps=1)
+    before = replace(rows, reading=Reading(max_seq_length=99, decoding="viterbi"))
+    train(model, before, once)
+    assert model.config.reading == before.reading
+    train(model, rows, once)
+    assert model.config.reading == rows.reading
+
+
+def test_what_was_best_by_another_metric_counts_no_more(parts: Parts) -> None:
+    model, rows, dev = parts
+    config = TrainConfig(early_stopping_patience=3, **HOPELESS)
+    # Three evaluations, of which the last two did not improve enough.
+    half = train(model, rows, replace(config, max_steps=6), evaluation=dev)
+    state = copy.deepcopy(half.state)
+    for metric, steps in (("loss", 12), ("f1", 8)):
+        events = _Events()
+        changed = replace(config, metric_for_best_model=metric)
+        result = train(model, rows, changed, evaluation=dev, watcher=events, state=state)
+        assert result.step == steps
+        assert metric == "f1" or events.evaluations[0] == (8, True)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,18 @@ def test_settings_from_recipe_file_and_flags(tmp_path: Path) -> None:
     assert config.max_steps == 5
     assert config.seed == 9, "from the flag"
     assert not config.label_all_tokens
+    # One of two ways to say the same, given later, is in the other's place.
+    rows = parse_train_config(["--recipe", "best", "--train_batch_size", "4"])[0]
+    assert (rows.per_device_train_batch_size, rows.train_batch_tokens) == (4, None)
+    both = ["--recipe", "best", "--train_batch_size", "4", "--train_batch_tokens", "99"]
+    assert parse_train_config(both)[0].train_batch_tokens == 99
+    cold = parse_train_config(["--recipe", "best", "--warmup_steps", "0"])[0]
+    assert cold.resolved_warmup_steps(100) == 0
+    path.write_text("train_batch_tokens = 300\nwarmup_steps = 5")
+    in_file = ["--recipe", "best", "--config", str(path)]
+    assert parse_train_config([*in_file, "--seed", "1"])[0].train_batch_tokens == 300
+    warm = parse_train_config([*in_file, "--train_batch_size", "4", "--warmup_ratio", "0.5"])[0]
+    assert (warm.train_batch_tokens, warm.resolved_warmup_steps(100)) == (None, 50)
     assert not parse_train_config(["--label_all_tokens", "false"])[0].label_all_tokens
     assert parse_train_config(["--train-batch-size=3"])[0].per_device_train_batch_size == 3
     quick, recipe = parse_train_config(["--quickstart", "--max_steps", "3"])
@@ -546,7 +558,7 @@ def test_the_best_recipe_on_documents(
     rows = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["num_rows"]
     assert 8 <= rows < 24, "rows of whole sentences, none of two documents"
     card = (out / "README.md").read_text()
-    assert "sentences of a document as fit into 60 tokens, with up to 6 tokens of" in card
+    assert "sentences of a document as fit into 48 tokens, with up to 6 tokens of" in card
     assert "about 128 tokens x 1 micro-batches = 128" in card
     assert "trained: all but the embeddings" in card
     assert "and the transitions that the tag scheme allows" in card
