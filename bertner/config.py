@@ -262,6 +262,7 @@ class BertConfig:
                 labels = {label: f"LABEL_{label}" for label in range(count)}
             shape["id2label"] = {int(label): str(name) for label, name in labels.items()}
             if (reading := values.get(_READING)) is not None:
+                check_settings(dict(reading))  # says what is wrong so that it harms no terminal
                 shape["reading"] = Reading(**reading)
             return cls(**shape)
         except UsageError as error:

@@ -398,6 +398,13 @@ def test_a_reading_is_checked_as_settings_are(values: dict[str, Any], pattern: s
         Reading(**values)
 
 
+@pytest.mark.parametrize("name", ["x\x1b[2J\nbertner-train: all is well", "learning_rate"])
+def test_a_model_cannot_ask_to_be_read_in_unknown_ways(name: str) -> None:
+    with pytest.raises(ModelError, match=name[:1]) as caught:
+        BertConfig.from_dict({"bertner_reading": {name: 1}}, "config.json")
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("settings", "limit", "tokens"),
     [
