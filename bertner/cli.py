@@ -70,7 +70,8 @@ def _train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quickstart",
         action="store_true",
-        help="the quickstart recipe on the sample corpus in this package; needs no network",
+        help="the quickstart recipe on the sample corpus in this package; needs no network; with "
+        "--recipe another one, with the same model",
     )
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON or TOML file")
     parser.add_argument(
@@ -123,6 +124,9 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> tuple[TrainCon
     recipe = given.pop("recipe", "quickstart" if quickstart else "card")
     config_file = given.pop("config", None)
     settings = dict(RECIPES[recipe])
+    if quickstart:  # another recipe with it is tried on the same model
+        for name in ("model_name_or_path", "output_dir"):
+            settings.setdefault(name, RECIPES["quickstart"][name])
     for later in ({} if config_file is None else read_settings(config_file), given):
         for name, other in _REPLACES.items():
             if name in later and other not in later:

@@ -233,6 +233,10 @@ def test_settings_from_recipe_file_and_flags(tmp_path: Path) -> None:
     assert recipe == "quickstart"
     assert quick.max_steps == 3
     assert Path(str(quick.test_file)).is_file()
+    best, recipe = parse_train_config(["--quickstart", "--recipe", "best"])
+    assert (recipe, best.learning_rate, best.decoding) == ("best", 1e-4, "viterbi")
+    assert best.model_name_or_path == quick.model_name_or_path
+    assert (best.train_file, best.output_dir) == (quick.train_file, quick.output_dir)
     mine, _ = parse_train_config(["--quickstart", "--train_file", "mine.txt"])
     assert (mine.train_file, mine.validation_file, mine.test_file) == ("mine.txt", None, None)
     hub, _ = parse_train_config(["--quickstart", "--dataset_name", "org/data"])
