@@ -73,7 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layer decay 0.9": {**BEST, "LAYER_DECAY": 0.9},
     # Other losses
     "first wordpieces": {**BEST, "label_all_tokens": False},
-    "label smoothing": {**BEST, "label_smoothing_factor": 0.1},
+    "windows, label smoothing": {**WINDOWS, "label_smoothing_factor": 0.1},
     "class weights": {**BEST, "class_weights": "sqrt"},
     # Other regularisation
     "no dropout": {**BEST, "DROPOUT": 0.0},
@@ -404,11 +404,14 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         scores = [run["scores"][name] for run in runs if name in run["scores"]]
         values = [score["word_f1"] for score in scores]
         summary[name] = {
-            "word_f1": values,
             "mean": statistics.mean(values),
             "std": statistics.stdev(values) if len(values) > 1 else None,
+            # In the order of the seeds
+            "word_f1": values,
+            "word_precision": [score["word_precision"] for score in scores],
+            "word_recall": [score["word_recall"] for score in scores],
             "per_type": {
-                kind: statistics.mean(score["per_type"][kind] for score in scores)
+                kind: [score["per_type"][kind] for score in scores]
                 for kind in scores[0]["per_type"]
             },
         }
