@@ -184,7 +184,8 @@ def _windows(word_ids: IntArray, limit: int, overlap: int) -> IntArray:
     own = [0]
     for (_, stop), (next_first, _) in pairwise(windows):
         # Beginnings of the words that both have, and the end of the last.
-        words = borders[(next_first <= borders) & (borders <= stop)]
+        both = slice(np.searchsorted(borders, next_first), np.searchsorted(borders, stop, "right"))
+        words = borders[both]
         left, right = words[:-1] - next_first, stop - words[1:]
         own.append(int(words[np.count_nonzero(left < right)]))
     return np.column_stack([[w[0] for w in windows], own, [w[1] for w in windows]])
