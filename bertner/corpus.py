@@ -60,6 +60,7 @@ class Sentences:
         words: All words, sentence after sentence.
         prefixes: (num_words,) IOB2 prefix codes (labels.O, B, I).
         types: (num_words,) number of each word's entity type, -1 for O.
+        raw_prefixes: (num_words,) prefix codes as they stand in the source, in whatever scheme.
         starts: (num_sentences + 1,) where each sentence begins; the last is the number of words.
         documents: (num_sentences,) number of the document that each sentence is in.
         lines: (num_words,) line or record of each word, from 1.
@@ -68,6 +69,7 @@ class Sentences:
     words: list[str]
     prefixes: IntArray
     types: IntArray
+    raw_prefixes: IntArray
     starts: IntArray
     documents: IntArray
     lines: IntArray
@@ -108,6 +110,7 @@ class Sentences:
             "words": self.words[words],
             "prefixes": self.prefixes[words],
             "types": self.types[words],
+            "raw_prefixes": self.raw_prefixes[words],
             "starts": self.starts[begin : end + 1] - self.starts[begin],
             "documents": self.documents[begin:end],
             "lines": self.lines[words],
@@ -253,6 +256,7 @@ class CorpusBuilder:
             words=self.words,
             prefixes=to_iob2(prefixes, types, starts[:-1]),
             types=types,
+            raw_prefixes=prefixes,
             starts=starts,
             documents=np.array(self.documents, dtype=np.int32),
             lines=lines,

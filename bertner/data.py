@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from reprlib import repr as short  # what a message shows of a word from a file
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -26,7 +27,16 @@ from numpy.typing import DTypeLike, NDArray
 from bertner.config import Reading
 from bertner.corpus import Corpus, CorpusStream, CorpusSummary, Sentences
 from bertner.errors import DataError
-from bertner.labels import IGNORE_INDEX, B, I, IntArray, LabelSet, label_list
+from bertner.labels import (
+    IGNORE_INDEX,
+    PREFIX_LETTERS,
+    B,
+    I,
+    IntArray,
+    LabelSet,
+    from_iob2,
+    label_list,
+)
 from bertner.tokenizer import Tokenizer
 from bertner.windows import Rows, cut_rows, sentence_rows
 
@@ -248,7 +258,8 @@ def tokenize(
         UsageError: The reading asks for what cannot be.
     """
     _check_documents(corpus, reading)
-    builder = _DatasetBuilder(corpus.source, tokenizer, tokenizer.row_limit(reading.max_seq_length))
+    row_limit = tokenizer.row_limit(reading.max_seq_length)
+    builder = _DatasetBuilder(corpus.source, tokenizer, row_limit, label_set.scheme)
     for block in corpus.blocks():
         builder.add(block)
     dataset = builder.finish(corpus.type_names, label_set, reading.label_all_tokens)
@@ -323,16 +334,17 @@ def prepare_tokens(
         max_samples: Use only the first sentences.
     """
     reader = stream.builder
-    builder = _DatasetBuilder(reader.source, tokenizer, row_limit)
+    scheme = "IOB2" if label_set is None else label_set.scheme
+    builder = _DatasetBuilder(reader.source, tokenizer, row_limit, scheme)
     for block in stream.blocks():
         if max_samples is not None:
             block = block.head(max_samples - builder.num_sentences)
         builder.add(block)
-    scheme = reader.conclude()
+    source_scheme = reader.conclude()
     summary = CorpusSummary(
         source=reader.source,
         sha256=stream.digest.hexdigest(),
-        scheme=scheme,
+        scheme=source_scheme,
         type_names=tuple(sorted(reader.kinds)),
         num_documents=builder.count_documents(),
         marks_documents=reader.marks_documents,
@@ -478,14 +490,21 @@ class _WordPieces:
 class _DatasetBuilder:
     """Tokenises blocks of sentences and collects their rows.
 
+    Args:
+        source: Named in messages.
+        tokenizer: The model's tokenizer.
+        row_limit: Longest row in tokens.
+        scheme: Tag scheme of the labels.
+
     Attributes:
         num_sentences: So far.
         num_words: So far.
         warnings: What `finish` found worth a warning.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, row_limit: int) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, row_limit: int, scheme: str) -> None:
         self.source = source
+        self._scheme = scheme
         self.num_sentences = 0
         self.num_words = 0
         self.warnings: list[str] = []
@@ -499,8 +518,8 @@ class _DatasetBuilder:
         self._sentence_token_ends = _GrowingArray(np.int32)
         self._sentence_lines = _GrowingArray(np.int32)
         self._documents = _GrowingArray(np.int32)
-        # By tag: how many words have it; line and text of the first.
-        self._tag_counts: dict[int, int] = {}
+        self._entity_counts: Counter[int] = Counter()  # by type
+        # By tag: line and text of the first word that has it.
         self._first_use: dict[int, tuple[int, str]] = {}
         self._long_word: tuple[int, str] | None = None
 
@@ -528,14 +547,14 @@ class _DatasetBuilder:
         self.num_words += block.num_words
 
     def _add_tags(self, block: Sentences) -> None:
+        prefixes = from_iob2(block.prefixes, block.types, block.starts[:-1], self._scheme)
         # As _tag_number has it; O has prefix 0 and type -1.
-        tags = np.maximum(2 * block.types + block.prefixes, 0)
+        tags = np.maximum(_tag_number(prefixes, block.types.astype(np.int32)), 0)
         self._tags.append(tags)
-        for tag, first, count in zip(
-            *np.unique(tags, return_index=True, return_counts=True), strict=True
-        ):
-            self._tag_counts[int(tag)] = self._tag_counts.get(int(tag), 0) + int(count)
+        for tag, first in zip(*np.unique(tags, return_index=True), strict=True):
             self._first_use.setdefault(int(tag), (int(block.lines[first]), block.words[first]))
+        kinds, counts = np.unique(block.types[block.prefixes == B], return_counts=True)
+        self._entity_counts.update(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
 
     def count_documents(self) -> int:
         """Number of documents so far."""
@@ -543,9 +562,7 @@ class _DatasetBuilder:
 
     def entity_counts(self, kinds: Sequence[str]) -> dict[str, int]:
         """Number of entities of each type, sorted by its name; `kinds[t]` names type `t`."""
-        return {
-            name: self._tag_counts.get(_tag_number(B, kind), 0) for kind, name in _by_name(kinds)
-        }
+        return {name: self._entity_counts[kind] for kind, name in _by_name(kinds)}
 
     def finish(
         self, kinds: Sequence[str], label_set: LabelSet, label_all_tokens: bool
@@ -597,20 +614,25 @@ class _DatasetBuilder:
         """(num_tags,) label id of each tag number."""
         # IGNORE_INDEX fits both.
         dtype = np.int8 if len(label_set.names) <= np.iinfo(np.int8).max else np.int16
-        label_of: IntArray = np.full(2 * len(kinds) + 1, label_set.outside, dtype=dtype)
-        for prefix, letter in ((B, "B"), (I, "I")):
-            for kind, kind_name in _by_name(kinds):
-                name, tag = f"{letter}-{kind_name}", _tag_number(prefix, kind)
-                if name in label_set.index:
-                    label_of[tag] = label_set.index[name]
-                elif tag in self._first_use:
-                    line, word = self._first_use[tag]
+        num_tags = _tag_number(len(PREFIX_LETTERS), len(kinds))
+        label_of: IntArray = np.full(num_tags, label_set.outside, dtype=dtype)
+        for kind, kind_name in _by_name(kinds):
+            for prefix, letter in enumerate(PREFIX_LETTERS[B:], B):
+                tag, label = _tag_number(prefix, kind), label_set.of_tag.get((prefix, kind_name))
+                if tag not in self._first_use:
+                    continue
+                line, word = self._first_use[tag]
+                if label is None and prefix == B and self._scheme == "IOB1":
+                    # Labels without B- cannot part neighbours of one type, and do not try to.
+                    label = label_set.of_tag.get((I, kind_name))
+                if label is None:
                     raise DataError(
-                        f"{name:.40} ({short(word)}) is not among the model's labels "
+                        f"{letter}-{kind_name:.40} ({short(word)}) is not among the model's labels "
                         f"({_some(label_set.names)}); correct the tag, or train on data with it",
                         self.source,
                         line,
                     )
+                label_of[tag] = label
         return label_of
 
     def _warn_of_long_word(self) -> None:
@@ -624,9 +646,12 @@ class _DatasetBuilder:
             logger.warning("%s", warning)
 
 
-def _tag_number(prefix: int, kind: int) -> int:
-    """One number for B or I and a type; 0 is for O."""
-    return 2 * kind + prefix
+_Number = TypeVar("_Number", int, IntArray)
+
+
+def _tag_number(prefix: _Number, kind: _Number) -> _Number:
+    """One number for a prefix code and a type; 0 is for O."""
+    return 4 * kind + prefix
 
 
 def _by_name(kinds: Sequence[str]) -> list[tuple[int, str]]:

@@ -19,6 +19,7 @@ IGNORE_INDEX = -100  # a token that is not scored and carries no loss
 
 # Prefix codes. L and U are the BILOU spelling of E and S.
 O, B, I, E, S = range(5)  # noqa: E741 - the field's own letters
+PREFIX_LETTERS = "OBIES"
 _PREFIXES = {"B": B, "I": I, "E": E, "L": E, "S": S, "U": S}
 
 CONLL_TYPES = ("PER", "ORG", "LOC", "MISC")  # in the order of the CoNLL-2003 label list
@@ -53,9 +54,11 @@ class LabelSet:
 
     Attributes:
         names: Label names in order of their ids, such as `["O", "B-PER", "I-PER"]`.
+        given_scheme: "BIOES", "IOB2" or "IOB1" if it is known; None for what the names speak for.
     """
 
     names: tuple[str, ...]
+    given_scheme: str | None = None
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -96,13 +99,21 @@ class LabelSet:
         )
 
     @cached_property
+    def of_tag(self) -> dict[tuple[int, str], int]:
+        """Label id of each prefix code and type that there is a label for."""
+        tags = map(split_tag, self.names)
+        return {(prefix, t): label for label, (prefix, t) in enumerate(tags) if t is not None}
+
+    @cached_property
     def scheme(self) -> str:
-        """The scheme that the names speak for: "BIOES", "IOB2" or "IOB1".
+        """The scheme that is given, or else that the names speak for: "BIOES", "IOB2" or "IOB1".
 
         It is BIOES if there is an E or S. If not, a type that has I but no B speaks against IOB2,
         and one that has B but no I against IOB1; on a tie it is IOB2. So `O, I-X` is IOB1 and
         `O, B-X` IOB2, and so is a list where each type has both, though IOB1 may have it too.
         """
+        if self.given_scheme is not None:
+            return self.given_scheme
         if np.any(self.prefix_of >= E):
             return "BIOES"
         begun = set(self.type_of[self.prefix_of == B].tolist())
@@ -116,7 +127,7 @@ class LabelSet:
         sentence is legal if and only if `scheme_exceptions` reports none of its words.
 
         Args:
-            scheme: "BIOES", "IOB2" or "IOB1"; None is the one that the names speak for.
+            scheme: "BIOES", "IOB2" or "IOB1"; None for that of the labels.
 
         Raises:
             ValueError: There is no such scheme.
@@ -188,6 +199,51 @@ def find_spans(prefixes: IntArray, types: IntArray, starts: IntArray) -> Spans:
     return Spans(first, last, types[first].astype(np.int64))
 
 
+def strict_spans(prefixes: IntArray, types: IntArray, starts: IntArray, scheme: str) -> Spans:
+    """Finds only the entities that are written as a scheme has it: seqeval's strict mode.
+
+    In IOB2 an entity is a B and the I of its type that follow. In BIOES it is an S, or a B, any
+    number of I and an E of one type. In IOB1 it is an I or, right after an entity of the same type,
+    a B, and the I of its type that follow. All other words are outside.
+
+    Args:
+        prefixes: (num_words,) prefix codes.
+        types: (num_words,) entity types, -1 for O.
+        starts: Indices at which sentences begin, ascending.
+        scheme: "BIOES", "IOB2" or "IOB1".
+    """
+    # With an O before and after each sentence no case is a special one.
+    num_words = len(prefixes)
+    places = np.searchsorted(starts, np.arange(num_words), side="right") + np.arange(num_words)
+    padded = np.zeros(num_words + len(starts) + 1, dtype=np.int8)
+    kinds = np.full(len(padded), -1, dtype=np.int64)
+    padded[places], kinds[places] = prefixes, types
+    here, before = padded[1:], padded[:-1]
+    same = kinds[1:] == kinds[:-1]
+    was_open = (before == B) | (before == I)
+    if scheme == "BIOES":
+        goes_on = was_open & same & ((here == I) | (here == E))
+        begins = (here == B) | (here == S)
+    else:
+        goes_on = was_open & same & (here == I)
+        begins = here == B
+    if scheme == "IOB1":
+        begins = np.where(here == I, (before == O) | (before == B) | ~same, (here == B) & same)
+        begins &= here != O
+        begins[1:] &= ~(goes_on[1:] & begins[:-1])  # an I that a B before it has begun
+    first = np.flatnonzero(begins)
+    stop_at = np.flatnonzero(~goes_on)
+    last = stop_at[np.searchsorted(stop_at, first, side="right")]
+    is_whole = np.ones(len(first), dtype=bool)
+    if scheme == "BIOES":
+        is_whole = here[last - 1] >= E
+    elif scheme == "IOB1":  # in which nothing ends between a B and one of another type
+        is_whole = (here[last - 1] != B) | (here[last] != B) | same[last]
+    first, last = first[is_whole], last[is_whole]
+    begin = np.searchsorted(places, first + 1)
+    return Spans(begin, begin + (last - first), kinds[first + 1])
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What `detect_scheme` found.
@@ -253,6 +309,28 @@ def to_iob2(prefixes: IntArray, types: IntArray, starts: IntArray) -> IntArray:
     converted = np.where(prefixes == O, O, I).astype(np.int8)
     converted[spans.start] = B
     return converted
+
+
+def from_iob2(prefixes: IntArray, types: IntArray, starts: IntArray, scheme: str) -> IntArray:
+    """(num_words,) prefix codes of the same entities in another scheme.
+
+    Args:
+        prefixes: (num_words,) prefix codes, legal in IOB2.
+        types: (num_words,) entity types, -1 for O.
+        starts: Indices at which sentences begin, ascending.
+        scheme: "BIOES", "IOB2" or "IOB1".
+    """
+    if scheme == "IOB2" or len(prefixes) == 0:
+        return prefixes
+    inside = np.zeros(len(prefixes) + 1, dtype=bool)  # and one after the last
+    inside[:-1] = prefixes == I
+    if scheme == "BIOES":
+        alone = np.where(prefixes == B, S, E).astype(np.int8)  # or the last of several
+        return np.where((prefixes == O) | inside[1:], prefixes, alone)
+    parted = np.zeros(len(prefixes), dtype=bool)  # from an entity of the same type before it
+    parted[1:] = (prefixes[1:] == B) & (types[1:] == types[:-1])
+    parted[starts[starts < len(prefixes)]] = False
+    return np.where((prefixes == B) & ~parted, I, prefixes).astype(np.int8)
 
 
 def label_list(types: Iterable[str]) -> list[str]:

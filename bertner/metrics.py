@@ -8,11 +8,12 @@ is conlleval's (see `labels.find_spans`), which is also seqeval's default.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from bertner.labels import IntArray, LabelSet
+from bertner.labels import IntArray, LabelSet, Spans
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,43 @@ def score_entities(
     if predicted.shape != gold.shape:
         raise ValueError(f"{len(predicted)} predictions for {len(gold)} labels")
     found, true = labels.spans(predicted, starts), labels.spans(gold, starts)
+    overall, per_type = count_entities(found, true, labels.types)
+    return EntityScores(
+        overall=overall,
+        per_type=per_type,
+        accuracy=float(np.mean(predicted == gold)) if len(gold) else 0.0,
+        num_labels=len(gold),
+    )
+
+
+def count_entities(
+    found: Spans, true: Spans, types: Sequence[str]
+) -> tuple[Score, dict[str, Score]]:
+    """Counts entities: over all, and by type.
+
+    Args:
+        found: Predicted entities.
+        true: Those of the data.
+        types: Names of the types.
+    """
+    correct = np.bincount(true.type[find_matches(found, true) >= 0], minlength=len(types))
+    num_found = np.bincount(found.type, minlength=len(types))
+    num_true = np.bincount(true.type, minlength=len(types))
+    per_type = {
+        kind: Score(int(correct[k]), int(num_found[k]), int(num_true[k]))
+        for k, kind in sorted(enumerate(types), key=lambda item: item[1])
+        if num_found[k] or num_true[k]
+    }
+    return Score(int(correct.sum()), len(found), len(true)), per_type
+
+
+def find_matches(found: Spans, true: Spans) -> IntArray:
+    """(num_true,) index of the equal one among the entities found; -1 where there is none."""
+    matches: IntArray = np.full(len(true), -1, dtype=np.int64)
     # Starts are unique on each side, so a match is: same start, then same end and type.
     _, at_found, at_true = np.intersect1d(
         found.start, true.start, assume_unique=True, return_indices=True
     )
     same = (found.end[at_found] == true.end[at_true]) & (found.type[at_found] == true.type[at_true])
-    num_types = len(labels.types)
-    correct = np.bincount(true.type[at_true[same]], minlength=num_types)
-    num_found = np.bincount(found.type, minlength=num_types)
-    num_true = np.bincount(true.type, minlength=num_types)
-    per_type = {
-        kind: Score(int(correct[k]), int(num_found[k]), int(num_true[k]))
-        for k, kind in sorted(enumerate(labels.types), key=lambda item: item[1])
-        if num_found[k] or num_true[k]
-    }
-    return EntityScores(
-        overall=Score(int(correct.sum()), len(found), len(true)),
-        per_type=per_type,
-        accuracy=float(np.mean(predicted == gold)) if len(gold) else 0.0,
-        num_labels=len(gold),
-    )
+    matches[at_true[same]] = at_found[same]
+    return matches

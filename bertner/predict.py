@@ -134,10 +134,12 @@ class Tagger:
 
 def _unlabelled(words: list[str], starts: IntArray) -> Corpus:
     """Texts as a corpus of one sentence each, every word tagged O."""
+    outside = np.zeros(len(words), dtype=np.int8)
     return Corpus(
         source="text",
         words=words,
-        prefixes=np.zeros(len(words), dtype=np.int8),
+        prefixes=outside,
+        raw_prefixes=outside,
         types=np.full(len(words), -1, dtype=np.int16),
         type_names=(),
         starts=starts,

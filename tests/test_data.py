@@ -104,6 +104,37 @@ def test_what_a_message_quotes_is_short(tokenizer: Tokenizer) -> None:
     assert len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("O B-X I-X E-X S-X", "B-X I-X E-X S-X S-X O B-X E-X"),
+        ("O B-X I-X L-X U-X", "B-X I-X L-X U-X U-X O B-X L-X"),
+        ("O B-X I-X", "B-X I-X I-X B-X B-X O B-X I-X"),
+        ("O I-X", "I-X I-X I-X I-X I-X O I-X I-X"),
+    ],
+)
+def test_gold_is_in_the_scheme_of_the_models_labels(
+    names: str, expected: str, tokenizer: Tokenizer
+) -> None:
+    corpus = corpus_of("the/B-X said/I-X of/I-X in/B-X said/B-X the of/B-X in/I-X")
+    dataset = tokenize(corpus, tokenizer, LabelSet(tuple(names.split())))
+    assert [dataset.label_set.names[k] for k in dataset.word_labels] == expected.split()
+
+
+def test_iob1_of_labels_that_have_b_too(tokenizer: Tokenizer) -> None:
+    corpus = corpus_of("the/B-X said/I-X of/B-X in/B-Y", "said/B-Y")
+    labels = LabelSet(tuple(label_list("XY")), given_scheme="IOB1")
+    dataset = tokenize(corpus, tokenizer, labels)
+    assert [labels.names[k] for k in dataset.word_labels] == "I-X I-X B-X I-Y I-Y".split()
+
+
+def test_entities_are_counted_whatever_the_scheme(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "iob1.txt"
+    path.write_text("the I-X\nof B-X\nin O\n\nsaid I-Y\n")
+    prepared = prepare(open_file(path), tokenizer, LabelSet(("O", "I-X", "I-Y")))
+    assert prepared.summary.entity_counts == {"X": 2, "Y": 1}
+
+
 def test_a_corpus_without_entities_is_refused() -> None:
     with pytest.raises(DataError, match="every tag is O"):
         labels_for(corpus_of("the said"))

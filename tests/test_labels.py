@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
+from seqeval.scheme import IOB1, IOB2, IOBES, Entities
 
 from bertner.labels import (
     SCHEMES,
@@ -23,9 +24,11 @@ from bertner.labels import (
     Spans,
     detect_scheme,
     find_spans,
+    from_iob2,
     label_list,
     scheme_exceptions,
     split_tag,
+    strict_spans,
     to_iob2,
 )
 from tests import conlleval
@@ -180,6 +183,35 @@ def test_conversion_keeps_the_entities_of_any_sequence(sentences: Sentences) -> 
     np.testing.assert_array_equal(to_iob2(converted, types, starts), converted)
     scheme = detect_scheme(converted, types, starts)
     assert (scheme.name, scheme.irregular.tolist()) == ("IOB2", [])
+
+
+@many
+@given(corpora("BI"), st.sampled_from(SCHEMES))
+def test_iob2_becomes_any_scheme_and_keeps_its_entities(sentences: Sentences, scheme: str) -> None:
+    prefixes, types, starts = arrays(sentences)
+    prefixes = to_iob2(prefixes, types, starts)
+    converted = from_iob2(prefixes, types, starts, scheme)
+    assert not len(scheme_exceptions(converted, types, starts)[scheme])
+    assert tuples(find_spans(converted, types, starts)) == tuples(
+        find_spans(prefixes, types, starts)
+    )
+    np.testing.assert_array_equal(to_iob2(converted, types, starts), prefixes)
+
+
+STRICT = {"IOB1": IOB1, "IOB2": IOB2, "BIOES": IOBES}
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.sampled_from(sorted(STRICT)), st.data())
+def test_strict_spans_are_seqevals(scheme: str, data: st.DataObject) -> None:
+    sentences = data.draw(corpora("BIES" if scheme == "BIOES" else "BI", min_size=1))
+    expected, offset = [], 0
+    for sentence, entities in zip(
+        sentences, Entities(sentences, STRICT[scheme]).entities, strict=True
+    ):
+        expected += [(e.start + offset, e.end + offset, e.tag) for e in entities]
+        offset += len(sentence)
+    assert tuples(strict_spans(*arrays(sentences), scheme)) == expected
 
 
 @pytest.mark.parametrize(
