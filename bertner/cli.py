@@ -167,14 +167,53 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         parser = _Parser(
             prog="bertner-eval",
-            description="Scores a model on annotated data, at word and at subword level.",
+            description="Scores a model, or a file of predictions, on annotated data: entities at "
+            "word and at subword level, with intervals; errors by kind; two models against each "
+            "other.",
             allow_abbrev=False,
         )
-        parser.add_argument("--model", "--model_name_or_path", required=True)
-        parser.add_argument("--file", required=True, help="CoNLL columns, JSON lines or parquet")
+        parser.add_argument("--model", "--model_name_or_path", help="folder, Hub id, or package:")
+        parser.add_argument(
+            "--predictions",
+            metavar="FILE",
+            help="in place of a model: the same words with the tags that were predicted; without "
+            "--file, columns with the gold tag last but one and the predicted tag last",
+        )
+        parser.add_argument("--file", help="annotated: CoNLL columns, JSON lines or parquet")
+        parser.add_argument(
+            "--compare",
+            metavar="OTHER",
+            help="a second model, or file of predictions: is the difference more than chance?",
+        )
+        parser.add_argument(
+            "--train_file",
+            metavar="FILE",
+            help="tell entities apart that were seen in training (default: the file that the "
+            "model's run.json names, if it is there)",
+        )
+        parser.add_argument(
+            "--bootstrap_samples",
+            type=_at_least(100),
+            default=2000,
+            help="samples of intervals and tests (default: 2000)",
+        )
+        parser.add_argument(
+            "--bootstrap_unit",
+            choices=["auto", "document", "sentence"],
+            default="auto",
+            help="what is drawn: documents if 30 or more are marked, else sentences",
+        )
+        parser.add_argument(
+            "--seed", type=_at_least(0), default=42, help="of the samples (default: 42)"
+        )
+        parser.add_argument(
+            "--scheme",
+            choices=["BIOES", "IOB2", "IOB1"],
+            help="tag scheme of the model's labels (default: what their names say)",
+        )
         parser.add_argument(
             "--batch_size",
-            type=_positive,
+            type=_at_least(1),
             default=8,
             help="rows over which the Trainer's eval_loss averages (default: 8)",
         )
@@ -185,9 +224,14 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument("--text_column_name", default="tokens")
         parser.add_argument("--label_column_name", default="ner_tags")
         parser.add_argument("--document_column_name")
-        parser.add_argument("--output_file", metavar="FILE", help="write the scores as JSON too")
+        parser.add_argument("--output_file", metavar="FILE", help="write all of it as JSON too")
+        parser.add_argument(
+            "--conlleval",
+            metavar="FILE",
+            help="write word, gold tag and predicted tag in columns, as conlleval reads them",
+        )
         options = parser.parse_args(arguments)
-        from bertner.run import run_evaluation
+        from bertner.assess import run_evaluation
 
         run_evaluation(options)
 
@@ -250,7 +294,7 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     _add_fields(parser, ["device", "dtype", "matmul"])
     parser.add_argument(
         "--batch_tokens",
-        type=_positive,
+        type=_at_least(1),
         default=EVAL_TOKENS,
         help=f"tokens that are computed at a time (default: {EVAL_TOKENS})",
     )
@@ -262,11 +306,14 @@ def _is_out_of_memory(error: Exception) -> bool:
     return name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        return value
+
+    return integer
 
 
 def _message(text: object) -> str:

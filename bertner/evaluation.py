@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bertner import kernels
 from bertner.batches import PackedBatch, PaddedBatch, packed_by_length, padded_by_length
@@ -34,6 +35,7 @@ class Evaluation:
         word: Scores on words, each decided once, by default by its first wordpiece, as in
             CoNLL-2003.
         word_predictions: (num_words,) predicted label of every word.
+        word_scores: (num_words,) probability of each of them.
         num_repaired: Words that Viterbi gave another label; None without it.
         runtime: Seconds.
         num_rows: Rows read.
@@ -44,6 +46,7 @@ class Evaluation:
     subword: EntityScores
     word: EntityScores
     word_predictions: IntArray
+    word_scores: NDArray[np.float32]
     num_repaired: int | None
     runtime: float
     num_rows: int
@@ -145,6 +148,7 @@ def evaluate(
             decisions.labels, dataset.word_labels, dataset.sentence_starts[:-1], label_set
         ),
         word_predictions=decisions.labels,
+        word_scores=decisions.scores,
         num_repaired=decisions.num_repaired if dataset.reading.decoding == "viterbi" else None,
         runtime=time.perf_counter() - start,
         num_rows=len(dataset),

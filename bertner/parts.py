@@ -13,7 +13,7 @@ import torch
 from bertner import kernels
 from bertner.batches import Schedule
 from bertner.checkpoint import list_checkpoints
-from bertner.config import BertConfig, TrainConfig
+from bertner.config import BertConfig, Reading, TrainConfig
 from bertner.corpus import CorpusStream, CorpusSummary
 from bertner.data import PreparedData, TokenDataset, prepare
 from bertner.data_cache import prepare_file
@@ -171,6 +171,14 @@ def columns_of(settings: TrainConfig | argparse.Namespace) -> dict[str, Any]:
         "document_column": settings.document_column_name,
         "label_names": names.split(",") if names else None,
     }
+
+
+def reading_of(options: argparse.Namespace, config: BertConfig) -> Reading:
+    """How a model is to read: as it was trained to, but for what the command asks for."""
+    settings = dataclasses.asdict(config.reading or Reading())
+    asked = {name: getattr(options, name, None) for name in settings}
+    settings.update({name: value for name, value in asked.items() if value is not None})
+    return Reading(**settings)
 
 
 def _prepare_data(

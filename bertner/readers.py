@@ -70,6 +70,7 @@ def read_file(
     label_column: str = "ner_tags",
     document_column: str | None = None,
     label_names: Sequence[str] | None = None,
+    tag_column: int = -1,
 ) -> Corpus:
     """Reads an annotated file; its ending tells the format.
 
@@ -80,6 +81,7 @@ def read_file(
         document_column: Key or column that tells documents apart; None for `document_id` or
             `doc_id`, if there is one.
         label_names: Names of tags that are integers.
+        tag_column: Of CoNLL columns the one of the tags, counted from the last, which is -1.
 
     Raises:
         DataError: The file is missing, damaged, or breaks its format; says where and how to fix it.
@@ -91,6 +93,7 @@ def read_file(
         label_column=label_column,
         document_column=document_column,
         label_names=label_names,
+        tag_column=tag_column,
     ).read()
 
 
@@ -101,6 +104,7 @@ def open_file(
     label_column: str = "ner_tags",
     document_column: str | None = None,
     label_names: Sequence[str] | None = None,
+    tag_column: int = -1,
 ) -> CorpusStream:
     """What `read_file` reads, to be read in blocks; errors are raised while it is."""
     path = Path(path)
@@ -114,7 +118,7 @@ def open_file(
     elif kind == "json":
         sentences = _json_sentences(_text_lines(path, digest), builder, columns)
     else:
-        sentences = _conll_sentences(_text_lines(path, digest), builder)
+        sentences = _conll_sentences(_text_lines(path, digest), builder, tag_column)
     return CorpusStream(builder, sentences, digest)
 
 
@@ -199,8 +203,11 @@ def _text_lines(path: Path, digest: hashlib._Hash) -> Iterator[str]:
         next_line += len(lines)
 
 
-def _conll_sentences(lines: Iterable[str], builder: CorpusBuilder) -> Iterator[RawSentence]:
-    """CoNLL columns: the word first, its tag last; blank lines between sentences."""
+def _conll_sentences(
+    lines: Iterable[str], builder: CorpusBuilder, tag_column: int
+) -> Iterator[RawSentence]:
+    """CoNLL columns: the word first, its tag last or near; blank lines between sentences."""
+    least = 1 - tag_column
     words: list[str] = []
     tags: list[str] = []
     num_columns = document = 0
@@ -229,8 +236,10 @@ def _conll_sentences(lines: Iterable[str], builder: CorpusBuilder) -> Iterator[R
             columns = row.split(" ")
             if "" in columns:
                 columns = [column for column in columns if column]
-        if len(columns) < 2 or (num_columns and len(columns) != num_columns):
-            wanted = f"{num_columns} as above" if num_columns else "2 or more: word ... tag"
+        if len(columns) < least or (num_columns and len(columns) != num_columns):
+            wanted = f"{num_columns} as above"
+            if not num_columns:
+                wanted = f"{least} or more: word ... {'tag ' * (least - 1)}".rstrip()
             raise DataError(
                 f"{len(columns)} column{'s' if len(columns) != 1 else ''} instead of {wanted}; "
                 "separate word and tag with a space or tab, and sentences with an empty line",
@@ -239,7 +248,7 @@ def _conll_sentences(lines: Iterable[str], builder: CorpusBuilder) -> Iterator[R
             )
         num_columns = len(columns)
         words.append(columns[0])
-        tags.append(columns[-1])
+        tags.append(columns[tag_column])
     if words:
         yield document, words, tags, range(number + 1 - len(words), number + 1)
 

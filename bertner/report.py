@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -253,13 +253,35 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def format_scores(scores: EntityScores, title: str) -> str:
-    """A table of precision, recall, F1 and support per entity type, as text."""
-    rows = [*scores.per_type.items(), ("all", scores.overall)]
-    width = max(len(title), *(len(name) for name, _ in rows))
-    lines = [f"{title:<{width}}  precision  recall      f1  entities"]
-    lines += [
-        f"{name:<{width}}  {s.precision:9.4f}  {s.recall:.4f}  {s.f1:.4f}  {s.num_gold:8d}"
-        for name, s in rows
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text: the first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for row in (header, *rows)
+    )
+
+
+def format_scores(
+    scores: EntityScores, title: str, f1_intervals: Mapping[str, Sequence[float]] | None = None
+) -> str:
+    """A table of precision, recall, F1 and support per entity type, as text.
+
+    Args:
+        scores: What is shown.
+        title: Stands above the types.
+        f1_intervals: By type, "all" included: bounds to show beside F1.
+    """
+    rows = [
+        [name, f"{s.precision:.4f}", f"{s.recall:.4f}", f"{s.f1:.4f}", str(s.num_gold)]
+        for name, s in [*scores.per_type.items(), ("all", scores.overall)]
     ]
-    return "\n".join(lines)
+    header = [title, "precision", "recall", "f1", "entities"]
+    if f1_intervals is not None:
+        header.insert(4, "95% interval")
+        for row in rows:
+            row.insert(4, "{:.4f}-{:.4f}".format(*f1_intervals[row[0]]))
+    return format_table(header, rows)

@@ -29,21 +29,18 @@ from bertner.checkpoint import (
     verify_checkpoint,
     write_state,
 )
-from bertner.config import BertConfig, Reading, TrainConfig
-from bertner.data import prepare_tokens, with_rows
+from bertner.config import TrainConfig
 from bertner.errors import CheckpointError, RunStoppedError
 from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import write_json, write_text
-from bertner.hub import find_model
 from bertner.loop import class_weights, train
-from bertner.model import BertForNER
 from bertner.output_dir import RECORD, lock_output_dir, remove_run
-from bertner.parts import Parts, announce, build_parts, columns_of, find_device
+from bertner.parts import Parts, announce, build_parts, find_device, reading_of
 from bertner.predict import Tagger
 from bertner.progress import TrainResult, TrainState
-from bertner.readers import decode_lines, open_file, read_lines
+from bertner.readers import decode_lines, read_lines
 from bertner.record import run_record
-from bertner.report import RunReport, format_scores, progress_bar, say
+from bertner.report import RunReport, format_scores, say
 from bertner.resume import (
     Start,
     find_start,
@@ -54,7 +51,6 @@ from bertner.resume import (
     state_of,
 )
 from bertner.stopping import StopSignals
-from bertner.tokenizer import Tokenizer
 from bertner.weights import TensorFile
 
 logger = logging.getLogger("bertner")
@@ -418,63 +414,6 @@ def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dic
     return results
 
 
-def run_evaluation(options: argparse.Namespace) -> None:
-    """`bertner-eval`: scores of a model on a file."""
-    source = find_model(options.model)
-    device = find_device(options.device)
-    model = BertForNER.from_pretrained(source.folder).to(device)
-    model.stack_projections()  # the move may have parted them
-    products = kernels.choose_products(options.matmul, device, options.dtype)
-    logger.info("matrix products: %s", products)
-    tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
-    reading = _reading_of(options, model.config)
-    prepared = prepare_tokens(
-        open_file(options.file, **columns_of(options)),
-        tokenizer,
-        model.label_set,
-        label_all_tokens=reading.label_all_tokens,
-        row_limit=tokenizer.row_limit(reading.max_seq_length),
-    )
-    is_asked = options.context is not None
-    if reading.context != "none" and not prepared.summary.marks_documents and not is_asked:
-        logger.warning(
-            "%s does not say where documents begin, so each sentence is read alone; the model was "
-            "trained to read their neighbours too",
-            options.file,
-        )
-        reading = dataclasses.replace(reading, context="none")
-    dataset = with_rows(prepared, tokenizer, reading).dataset
-    with progress_bar(len(dataset), " rows", "evaluate", show=True) as bar:
-        evaluation = evaluate(
-            model,
-            dataset,
-            options.batch_size,
-            dtype=options.dtype,
-            batch_tokens=options.batch_tokens,
-            matmul=options.matmul,
-            on_batch=bar.update,
-        )
-    print(format_scores(evaluation.word, "word level"))
-    print(f"accuracy over {evaluation.word.num_labels:,} words {evaluation.word.accuracy:.4f}\n")
-    print(format_scores(evaluation.subword, "subword level"))
-    print(
-        f"accuracy over {evaluation.subword.num_labels:,} wordpieces "
-        f"{evaluation.subword.accuracy:.4f}, loss {evaluation.loss:.4f}"
-    )
-    if evaluation.num_repaired is not None:
-        print(f"Viterbi gave {evaluation.num_repaired:,} words another label than their best one")
-    if options.output_file:
-        write_json(Path(options.output_file), evaluation.metrics())
-
-
-def _reading_of(options: argparse.Namespace, config: BertConfig) -> Reading:
-    """How a model is to read: as it was trained to, but for what the command asks for."""
-    settings = dataclasses.asdict(config.reading or Reading())
-    asked = {name: getattr(options, name, None) for name in settings}
-    settings.update({name: value for name, value in asked.items() if value is not None})
-    return Reading(**settings)
-
-
 def run_prediction(options: argparse.Namespace) -> None:
     """`bertner-predict`: entities of the lines of files or stdin, in order, as JSON lines."""
     device = find_device(options.device)
@@ -487,7 +426,7 @@ def run_prediction(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         matmul=options.matmul,
     )
-    tagger.reading = _reading_of(options, tagger.model.config)
+    tagger.reading = reading_of(options, tagger.model.config)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # JSON is, whatever the locale
     lines = _lines(options.files)

@@ -1,0 +1,294 @@
+"""`bertner-eval`: scores of a model, or of a file of predictions, and of two against each other."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bertner import kernels
+from bertner.analysis import (
+    KINDS,
+    Analysis,
+    Inventory,
+    Prediction,
+    analyse,
+    compare_analyses,
+    level_to_dict,
+    take_inventory,
+)
+from bertner.corpus import Corpus
+from bertner.data import tokenize
+from bertner.errors import ModelError, UsageError, visible
+from bertner.evaluation import Evaluation, evaluate
+from bertner.files import read_json, write_json
+from bertner.hub import find_model
+from bertner.model import BertForNER
+from bertner.output_dir import RECORD
+from bertner.parts import columns_of, find_device, reading_of
+from bertner.predictions import read_conlleval, read_predictions, write_conlleval
+from bertner.readers import read_file
+from bertner.report import format_scores, format_table, progress_bar
+from bertner.tokenizer import Tokenizer
+
+logger = logging.getLogger("bertner")
+
+# Sentences in which two models differ that the terminal shows.
+_NUM_EXAMPLES = 5
+
+
+def run_evaluation(options: argparse.Namespace) -> None:
+    """`bertner-eval`: what the flags ask for, as tables and in files.
+
+    Raises:
+        BertnerError: See the exit codes in `errors`.
+    """
+    if (options.model is None) == (options.predictions is None):
+        raise UsageError("give a model (--model) or a file of predictions (--predictions)")
+    corpus, prediction = _read_data(options)
+    evaluation = None
+    if prediction is None:
+        prediction, evaluation = _predict(options, options.model, corpus)
+    analysis = analyse(corpus, prediction)
+    other = None
+    if options.compare is not None:
+        other = analyse(corpus, _other_prediction(options, corpus))
+    inventory = _find_inventory(options)
+    sampling = {
+        "unit": options.bootstrap_unit,
+        "samples": options.bootstrap_samples,
+        "seed": options.seed,
+    }
+    values = {
+        "model": options.model or options.predictions,
+        **analysis.to_dict(inventory=inventory, **sampling),
+    }
+    if evaluation is not None:
+        values["levels"]["subword"] = level_to_dict(evaluation.subword)
+        values["loss"] = evaluation.loss
+    comparison = None
+    if other is not None:
+        comparison = compare_analyses(analysis, other, **sampling)
+        comparison = {"other": options.compare, **comparison}
+    print(_format(analysis, values, evaluation))
+    if other is not None and comparison is not None:
+        print(f"\n{_format_comparison(comparison)}")
+        print(_format_examples(analysis, other))
+    if options.conlleval:
+        write_conlleval(options.conlleval, corpus, prediction)
+    if options.output_file:
+        metrics = _word_metrics(analysis) if evaluation is None else evaluation.metrics()
+        write_json(
+            Path(options.output_file),
+            {**metrics, "analysis": values}
+            | ({} if comparison is None else {"comparison": comparison}),
+        )
+
+
+def _read_data(options: argparse.Namespace) -> tuple[Corpus, Prediction | None]:
+    """The annotated data, and the prediction if it is in a file."""
+    columns = columns_of(options)
+    if options.file is not None:
+        corpus = read_file(options.file, **columns)
+        if options.predictions is None:
+            return corpus, None
+        return corpus, read_predictions(options.predictions, corpus, columns)
+    if options.predictions is None:
+        raise UsageError("give the annotated data to score on (--file)")
+    # Both are in one file, as conlleval has them.
+    return read_conlleval(options.predictions)
+
+
+def _other_prediction(options: argparse.Namespace, corpus: Corpus) -> Prediction:
+    """What --compare names: a file of predictions, or a model."""
+    if Path(options.compare).is_file():
+        return read_predictions(options.compare, corpus, columns_of(options))
+    return _predict(options, options.compare, corpus)[0]
+
+
+def _predict(
+    options: argparse.Namespace, name: str, corpus: Corpus
+) -> tuple[Prediction, Evaluation]:
+    """What a model says of a corpus, and its scores."""
+    source = find_model(name)
+    device = find_device(options.device)
+    model = BertForNER.from_pretrained(source.folder).to(device)
+    model.stack_projections()  # the move may have parted them
+    products = kernels.choose_products(options.matmul, device, options.dtype)
+    logger.info("matrix products: %s", products)
+    tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
+    reading = reading_of(options, model.config)
+    if reading.context != "none" and not corpus.marks_documents and options.context is None:
+        logger.warning(
+            "%s does not say where documents begin, so each sentence is read alone; the model was "
+            "trained to read their neighbours too",
+            corpus.source,
+        )
+        reading = dataclasses.replace(reading, context="none")
+    label_set = dataclasses.replace(model.label_set, given_scheme=options.scheme)
+    dataset = tokenize(corpus, tokenizer, label_set, reading)
+    with progress_bar(len(dataset), " rows", "evaluate", show=True) as bar:
+        evaluation = evaluate(
+            model,
+            dataset,
+            options.batch_size,
+            dtype=options.dtype,
+            batch_tokens=options.batch_tokens,
+            matmul=options.matmul,
+            on_batch=bar.update,
+        )
+    labels = evaluation.word_predictions
+    prediction = Prediction(
+        label_set.prefix_of[labels], label_set.type_of[labels], label_set.types, label_set.scheme
+    )
+    return prediction, evaluation
+
+
+def _find_inventory(options: argparse.Namespace) -> Inventory | None:
+    """What the training data hold: of --train_file, or of the file that run.json names.
+
+    That one is read only if it is still what the model was trained on.
+    """
+    if options.train_file is not None:
+        return take_inventory(read_file(options.train_file, **columns_of(options)))
+    folder = Path(options.model or "")
+    if options.model is None or not (folder / RECORD).is_file():
+        return None
+    try:
+        record = read_json(folder / RECORD)
+        path, digest = record["config"]["train_file"], record["data"]["train"]["sha256"]
+        columns = columns_of(argparse.Namespace(**record["config"]))
+    except (ModelError, KeyError, TypeError, AttributeError):
+        return None
+    if not isinstance(path, str) or not Path(path).is_file():
+        return None
+    corpus = read_file(path, **columns)
+    if corpus.sha256 != digest:
+        logger.warning(
+            "%s is not what the model was trained on any more, so entities seen in training are "
+            "not told apart (--train_file names another file)",
+            path,
+        )
+        return None
+    return take_inventory(corpus)
+
+
+def _word_metrics(analysis: Analysis) -> dict[str, float]:
+    """The scores of a file of predictions, by the names that those of a model have."""
+    overall = analysis.word.overall
+    return {
+        "word_precision": overall.precision,
+        "word_recall": overall.recall,
+        "word_f1": overall.f1,
+        "word_accuracy": analysis.word.accuracy,
+    }
+
+
+def _format(analysis: Analysis, values: Mapping[str, Any], evaluation: Evaluation | None) -> str:
+    """All tables of one model."""
+    corpus, levels = analysis.corpus, values["levels"]
+    bootstrap = values["bootstrap"]
+    intervals = None
+    if bootstrap["samples"]:
+        scores = {**levels["word"]["per_type"], "all": levels["word"]["overall"]}
+        intervals = {name: score["intervals"]["f1"] for name, score in scores.items()}
+    documents = f"{corpus.num_documents:,} documents, " if corpus.marks_documents else ""
+    parts = [
+        f"{corpus.source}: {documents}{corpus.num_sentences:,} sentences, "
+        f"{corpus.num_words:,} words, {len(analysis.true):,} entities",
+        format_scores(analysis.word, "word level", intervals),
+        f"accuracy over {corpus.num_words:,} words {analysis.word.accuracy:.4f}"
+        + (
+            f"; intervals: bootstrap over {bootstrap['unit']}s, {bootstrap['samples']:,} samples"
+            if intervals
+            else ""
+        ),
+    ]
+    if evaluation is not None:
+        subword = evaluation.subword
+        parts += [
+            "",
+            format_scores(subword, "subword level"),
+            f"accuracy over {subword.num_labels:,} wordpieces {subword.accuracy:.4f}, "
+            f"loss {evaluation.loss:.4f}",
+        ]
+        if evaluation.num_repaired is not None:
+            parts.append(
+                f"Viterbi gave {evaluation.num_repaired:,} words another label than their best one"
+            )
+    ways = {
+        f"strict ({analysis.prediction.scheme})": levels["word_strict"]["overall"],
+        **{f"MUC {name}": scores for name, scores in values["muc"].items() if name != "strict"},
+        "words by type": levels["tokens"]["overall"],
+    }
+    rows = [[name, *_three(scores)] for name, scores in ways.items()]
+    parts += ["", format_table(["other ways to count", "precision", "recall", "f1"], rows)]
+    errors = {**values["errors"]["per_type"], "all": values["errors"]["counts"]}
+    rows = [[name, *(str(counts[kind]) for kind in KINDS)] for name, counts in errors.items()]
+    parts += ["", format_table(["what became of them", *KINDS], rows)]
+    groups = {f"of length {name}": score for name, score in values["by_length"].items()}
+    for name, score in (values["by_training"] or {}).items():
+        groups[f"{name} in training" if name != "other type" else "there with another type"] = score
+    rows = [[name, *_three(score), str(score["num_gold"])] for name, score in groups.items()]
+    parts += [
+        "",
+        format_table(["kinds of entities", "precision", "recall", "f1", "entities"], rows),
+    ]
+    return "\n".join(parts)
+
+
+def _three(scores: Mapping[str, float]) -> list[str]:
+    return [f"{scores[name]:.4f}" for name in ("precision", "recall", "f1")]
+
+
+def _format_comparison(comparison: Mapping[str, Any]) -> str:
+    """The table of differences, and what they say."""
+    rows = [
+        [
+            name,
+            f"{each['difference']:+.4f}",
+            "{:+.4f} to {:+.4f}".format(*each["interval"]),
+            f"{each['p_value']:.4f}",
+        ]
+        for name, each in [*comparison["per_type"].items(), ("all", comparison)]
+    ]
+    table = format_table(["less the other", "f1", "95% interval", "p"], rows)
+    unit, samples = comparison["unit"], comparison["samples"]
+    verdict = "a difference this large comes by chance in fewer than 1 of 20 cases"
+    if comparison["p_value"] > 0.05:
+        verdict = "the two cannot be told apart on these data"
+    return (
+        f"against {visible(comparison['other'])}\n{table}\n"
+        f"all: {verdict} (paired randomization over {unit}s, {samples:,} samples; the interval is "
+        "of the paired bootstrap)"
+    )
+
+
+def _format_examples(analysis: Analysis, other: Analysis) -> str:
+    """Some sentences in which two models differ."""
+    differ = [
+        sentence
+        for sentence in analysis.sentences(other)
+        if [entity[:3] for entity in sentence["predicted"]]
+        != [entity[:3] for entity in sentence["other"]]
+    ]
+    lines = [f"{len(differ):,} sentences differ" + (", the first of them:" if differ else "")]
+    for sentence in itertools.islice(differ, _NUM_EXAMPLES):
+        lines.append(f"{analysis.corpus.source}:{sentence['line']}:")
+        for name in ("gold", "predicted", "other"):
+            text = _bracketed(sentence["words"], sentence[name])
+            lines.append(f"  {name:<9}  {visible(text)}")
+    return "\n".join(lines)
+
+
+def _bracketed(words: Sequence[str], entities: Sequence[Sequence[Any]]) -> str:
+    """A sentence with its entities in brackets."""
+    shown = list(words)
+    for start, end, kind, *_ in entities:
+        shown[start] = f"[{kind} {shown[start]}"
+        shown[end - 1] += "]"
+    return " ".join(shown)

@@ -1,0 +1,182 @@
+"""`bertner-eval`: a model, a file of predictions, and two against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bertner.cli import eval_main
+from bertner.model import BertForNER
+from tests.conftest import write_conll
+
+LABELS = dict(enumerate("O B-PER I-PER B-LOC I-LOC B-ORG I-ORG".split()))
+
+
+def make_model(folder: Path, labels: dict[int, str] = LABELS, seed: int = 2) -> Path:
+    """Gives the tiny model a head that says something about almost every word."""
+    torch.manual_seed(seed)
+    model = BertForNER.from_pretrained(folder, id2label=labels)
+    with torch.no_grad():
+        model.classifier.weight *= 50
+    target = folder.with_name(f"model-{seed}-{len(labels)}")
+    model.save_pretrained(target)
+    (target / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
+    return target
+
+
+@pytest.fixture
+def gold(tmp_path: Path) -> Path:
+    return write_conll(tmp_path / "gold.txt", 40, seed=1)
+
+
+def test_a_model_and_its_predictions_give_the_same(
+    model_folder: Path, gold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(model_folder)
+    of_model, of_file = tmp_path / "model.json", tmp_path / "file.json"
+    columns = tmp_path / "columns.txt"
+    command = ["--model", str(model), "--file", str(gold), "--train_file", str(gold)]
+    command += ["--output_file", str(of_model), "--conlleval", str(columns)]
+    assert eval_main(command) == 0
+    output = capsys.readouterr().out
+    assert "40 sentences" in output
+    assert "word level  precision  recall      f1   95% interval  entities" in output
+    assert "subword level" in output
+    assert "unseen in training" in output
+    assert "bootstrap over sentences, 2,000 samples" in output
+    values = json.loads(of_model.read_text())
+    analysis = values["analysis"]
+    assert analysis["levels"]["word"]["overall"]["f1"] == values["word_f1"] > 0
+    assert analysis["levels"]["subword"]["overall"]["f1"] == values["f1"]
+    assert analysis["by_training"]["unseen"]["num_gold"] == 0
+
+    assert eval_main(["--predictions", str(columns), "--output_file", str(of_file)]) == 0
+    output = capsys.readouterr().out
+    assert "subword level" not in output
+    again = json.loads(of_file.read_text())
+    for name in ("errors", "muc", "confusion", "by_length"):
+        assert again["analysis"][name] == analysis[name]
+    assert again["word_f1"] == values["word_f1"]
+    assert again["analysis"]["levels"]["word"] == analysis["levels"]["word"]
+
+    # The gold file and the predictions apart, as other tools have them.
+    rows = [line.split() for line in columns.read_text().splitlines()]
+    said = tmp_path / "said.txt"
+    said.write_text("\n".join(f"{row[0]} {row[-1]}" if row else "" for row in rows) + "\n")
+    command = ["--predictions", str(said), "--file", str(gold), "--output_file", str(of_file)]
+    assert eval_main(command) == 0
+    assert json.loads(of_file.read_text())["word_f1"] == values["word_f1"]
+
+
+def test_two_models_against_each_other(
+    model_folder: Path, gold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, other = make_model(model_folder), make_model(model_folder, seed=3)
+    scores = tmp_path / "scores.json"
+    command = ["--model", str(model), "--file", str(gold), "--output_file", str(scores)]
+    assert eval_main([*command, "--compare", str(model)]) == 0
+    output = capsys.readouterr().out
+    assert "the two cannot be told apart on these data" in output
+    assert "0 sentences differ" in output
+    comparison = json.loads(scores.read_text())["comparison"]
+    assert (comparison["difference"], comparison["p_value"]) == (0.0, 1.0)
+
+    assert eval_main([*command, "--compare", str(other)]) == 0
+    output = capsys.readouterr().out
+    assert "sentences differ, the first of them:" in output
+    assert "  predicted  " in output
+    values = json.loads(scores.read_text())
+    assert eval_main(["--model", str(other), *command[2:]]) == 0
+    other_f1 = json.loads(scores.read_text())["word_f1"]
+    assert values["comparison"]["difference"] == pytest.approx(values["word_f1"] - other_f1)
+    # A file in place of the second model: the gold tags themselves are better for sure.
+    assert eval_main([*command, "--compare", str(gold)]) == 0
+    assert "fewer than 1 of 20 cases" in capsys.readouterr().out
+    comparison = json.loads(scores.read_text())["comparison"]
+    assert comparison["interval"][1] < 0
+
+
+def test_models_of_other_schemes(
+    model_folder: Path, gold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["O", *(f"{prefix}-{kind}" for kind in ("PER", "LOC", "ORG") for prefix in "BIES")]
+    bioes = make_model(model_folder, dict(enumerate(names)))
+    scores = tmp_path / "scores.json"
+    command = ["--file", str(gold), "--output_file", str(scores)]
+    assert eval_main(["--model", str(bioes), *command]) == 0
+    assert "strict (BIOES)" in capsys.readouterr().out
+    inside = make_model(model_folder, dict(enumerate(["O", "I-PER", "I-LOC", "I-ORG"])))
+    assert eval_main(["--model", str(inside), *command]) == 0
+    assert "strict (IOB1)" in capsys.readouterr().out
+    iob1 = [*command, "--scheme", "IOB1", "--decoding", "viterbi"]
+    assert eval_main(["--model", str(make_model(model_folder)), *iob1]) == 0
+    assert "strict (IOB1)" in capsys.readouterr().out
+
+
+def test_the_training_file_of_the_model(
+    model_folder: Path, gold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(model_folder)
+    import hashlib
+
+    digest = hashlib.sha256(gold.read_bytes()).hexdigest()
+    columns = {"text_column_name": "tokens", "label_column_name": "ner_tags"}
+    record = {
+        "config": {"train_file": str(gold), "document_column_name": None, "label_names": None}
+        | columns,
+        "data": {"train": {"sha256": digest}},
+    }
+    (model / "run.json").write_text(json.dumps(record))
+    command = ["--model", str(model), "--file", str(gold)]
+    assert eval_main(command) == 0
+    assert "seen in training" in capsys.readouterr().out
+    gold.write_text(gold.read_text() + "more B-PER\n")
+    assert eval_main(command) == 0
+    output, errors = capsys.readouterr()
+    assert "seen in training" not in output
+    assert "not what the model was trained on any more" in errors
+    for broken in ("{", "{}", '{"config": 1, "data": {}}', '{"config": {"train_file": 1}}'):
+        (model / "run.json").write_text(broken)
+        assert eval_main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (["--file", "gold.txt"], 2, "give a model (--model) or a file of predictions"),
+        (["--model", "m", "--predictions", "gold.txt"], 2, "give a model (--model) or a file"),
+        (["--model", "m"], 2, "give the annotated data to score on (--file)"),
+        (["--predictions", "gold.txt"], 65, "gold.txt:1: 2 columns instead of 3 or more"),
+        (["--predictions", "none.txt", "--file", "gold.txt"], 65, "none.txt: no such file"),
+        (["--predictions", "gold.txt", "--file", "other.txt"], 65, "where other.txt:1 has"),
+        (
+            ["--predictions", "gold.txt", "--file", "gold.txt", "--compare", "other.txt"],
+            65,
+            "other.txt:1: has ",
+        ),
+        (["--model", "m", "--file", "gold.txt", "--bootstrap_samples", "5"], 2, "at least 100"),
+    ],
+)
+def test_bad_input(
+    command: list[str],
+    code: int,
+    message: str,
+    gold: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "other.txt").write_text("nothing O\nlike B-X\nit O\n")
+    monkeypatch.chdir(tmp_path)
+    try:
+        result = eval_main(command)
+    except SystemExit as end:
+        result = int(end.code or 0)
+    errors = capsys.readouterr().err
+    assert result == code
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) <= 2
