@@ -458,6 +458,11 @@ class TrainConfig:
         False, "carry on though data, settings, versions or machine differ; it is recorded"
     )
     disable_tqdm: bool = _option(False, "no progress bars")
+    report_to: str = _option(
+        "none",
+        "show the numbers of metrics.jsonl elsewhere too; for TensorBoard, in output_dir/runs",
+        choices="none tensorboard",
+    )
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

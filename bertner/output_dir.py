@@ -24,6 +24,7 @@ from bertner.checkpoint import (
 )
 from bertner.errors import DataError, OutputDirectoryError, StorageError
 from bertner.files import make_folder, read_json
+from bertner.tensorboard import RUNS, list_event_files
 
 logger = logging.getLogger("bertner")
 
@@ -199,5 +200,9 @@ def remove_run(output_dir: Path) -> None:
 def _remove_files(folder: Path) -> None:
     for _, checkpoint in list_checkpoints(folder):
         remove_checkpoint(checkpoint)
+    for path in list_event_files(folder):
+        files.remove(path)
+    with suppress(OSError):  # one that is not empty, or is not there
+        (folder / RUNS).rmdir()
     for name in RUN_FILES:
         files.remove(folder / name)

@@ -18,6 +18,7 @@ from bertner.evaluation import Evaluation
 from bertner.files import replace_file
 from bertner.metrics import EntityScores
 from bertner.progress import StepReport
+from bertner.tensorboard import EventFile
 
 # The columns of the published card, and the word-level F1 that CoNLL results are compared by.
 TABLE_COLUMNS = (
@@ -57,6 +58,7 @@ class RunReport:
         logging_steps: int,
         show_bars: bool,
         *,
+        report_to: str = "none",
         step: int = 0,
         state: Mapping[str, Any] | None = None,
         metrics: bytes = b"",
@@ -68,6 +70,7 @@ class RunReport:
             total_steps: Of the run.
             logging_steps: Log every so many steps.
             show_bars: Show progress bars.
+            report_to: "tensorboard" to write its event file too.
             step: Steps done before, by a run that is carried on.
             state: What `state` gave then.
             metrics: The log's contents then.
@@ -87,6 +90,7 @@ class RunReport:
             self._restore(state)
         self.path = output_dir / "metrics.jsonl"
         replace_file(self.path, [metrics])
+        self.event_file = EventFile(output_dir, metrics) if report_to == "tensorboard" else None
         try:
             self.file: IO[str] = self.path.open("a", encoding="utf-8")
         except OSError as error:
@@ -128,6 +132,8 @@ class RunReport:
             self.file.flush()
         except OSError as error:
             raise StorageError(f"metrics.jsonl: cannot be written: {error.strerror}") from None
+        if self.event_file is not None:
+            self.event_file.add(line.encode())
 
     def metrics(self) -> bytes:
         """The contents of `metrics.jsonl` so far."""
@@ -221,6 +227,8 @@ class RunReport:
             self.eval_bar.close()
         self.bar.close()
         self.file.close()
+        if self.event_file is not None:
+            self.event_file.close()
 
 
 def _line(event: str, values: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ from bertner.resume import (
     state_of,
 )
 from bertner.stopping import StopSignals
+from bertner.tensorboard import check_tensorboard
 from bertner.weights import TensorFile
 
 logger = logging.getLogger("bertner")
@@ -93,6 +94,8 @@ def open_run(
     Returns:
         The parts with their first weights, where to begin, and the contents of run.json.
     """
+    if config.report_to == "tensorboard":
+        check_tensorboard()
     output_dir = Path(config.output_dir)
     stack.enter_context(lock_output_dir(output_dir))
     start = find_start(config, output_dir)  # before minutes of downloading
@@ -170,6 +173,7 @@ def _open_report(config: TrainConfig, total_steps: int, start: Start) -> RunRepo
         total_steps,
         config.logging_steps,
         not config.disable_tqdm,
+        report_to=config.report_to,
         **restored,
     )
 

@@ -18,7 +18,7 @@ ORDER = [
     ["config", "labels"],
     ["metrics", "files", "stopping", "decoding", "significance"],
     ["kernels", "weights", "corpus", "windows", "hub"],
-    ["packing", "readers", "tokenizer", "checkpoint", "analysis"],
+    ["packing", "readers", "tokenizer", "checkpoint", "analysis", "tensorboard"],
     ["attention", "hub_datasets", "data", "output_dir", "predictions"],
     ["batches", "data_cache"],
     ["model", "optimizer", "decisions"],
@@ -81,7 +81,8 @@ def test_importing_the_package_and_asking_for_help_load_no_torch() -> None:
 def test_training_loads_neither_datasets_nor_transformers() -> None:
     loaded = modules_after("import bertner.run, bertner.predict")
     assert "torch" in loaded
-    assert not loaded & {"datasets", "pyarrow", "transformers", "sklearn", "seqeval", "pandas"}
+    others = {"datasets", "pyarrow", "transformers", "sklearn", "seqeval", "pandas", "tensorboard"}
+    assert not loaded & others
 
 
 def test_the_flags_of_bertner_train() -> None:
