@@ -16,9 +16,9 @@ from tests.conftest import REPOSITORY
 ORDER = [
     ["__init__", "errors"],
     ["config", "labels"],
-    ["metrics", "files", "stopping", "decoding", "significance"],
-    ["kernels", "weights", "corpus", "windows", "hub"],
-    ["packing", "readers", "tokenizer", "checkpoint", "analysis", "tensorboard"],
+    ["metrics", "files", "stopping", "decoding", "significance", "charts"],
+    ["kernels", "weights", "corpus", "windows", "hub", "figures"],
+    ["packing", "readers", "tokenizer", "checkpoint", "analysis", "tensorboard", "html_report"],
     ["attention", "hub_datasets", "data", "output_dir", "predictions"],
     ["batches", "data_cache"],
     ["model", "optimizer", "decisions"],
@@ -83,6 +83,10 @@ def test_training_loads_neither_datasets_nor_transformers() -> None:
     assert "torch" in loaded
     others = {"datasets", "pyarrow", "transformers", "sklearn", "seqeval", "pandas", "tensorboard"}
     assert not loaded & others
+    assert not loaded & {
+        *("datasets", "pyarrow", "transformers", "sklearn", "seqeval", "pandas"),
+        *("jinja2", "matplotlib"),
+    }
 
 
 def test_the_flags_of_bertner_train() -> None:
