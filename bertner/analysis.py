@@ -6,7 +6,7 @@ and by what the training data hold follow from that. Everything is at word level
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bertner.corpus import Corpus
-from bertner.labels import IntArray, Spans, find_spans, strict_spans
+from bertner.corpus import Corpus, Sentences
+from bertner.labels import IntArray, LabelSet, Spans, find_spans, strict_spans
 from bertner.metrics import EntityScores, Score, count_entities
 from bertner.significance import LEVEL, Difference, Intervals, bootstrap, compare
 
@@ -67,6 +67,12 @@ class Prediction:
     type_names: tuple[str, ...]
     scheme: str
     confidence: NDArray[np.floating[Any]] | None = None
+
+    @classmethod
+    def of_labels(cls, labels: IntArray, label_set: LabelSet) -> Prediction:
+        """What a model says: (num_words,) label ids."""
+        prefixes, types = label_set.prefix_of[labels], label_set.type_of[labels]
+        return cls(prefixes, types, label_set.types, label_set.scheme)
 
     def spans(self, starts: IntArray) -> Spans:
         """Its entities, by conlleval's rule; sentences begin at `starts`."""
@@ -134,18 +140,24 @@ def match_entities(true: Spans, found: Spans) -> Matching:
     return Matching(all_true[order], all_found[order], kinds[order])
 
 
-def take_inventory(corpus: Corpus) -> Inventory:
-    """The types that each entity of a training corpus has there, by its words."""
+def take_inventory(blocks: Iterable[Sentences], type_names: Sequence[str]) -> Inventory:
+    """The types that each entity of a training corpus has there, by its words.
+
+    Args:
+        blocks: The corpus, in parts of any size.
+        type_names: Of its types; may grow with each block.
+    """
     inventory: dict[tuple[str, ...], set[str]] = {}
-    spans = find_spans(corpus.prefixes, corpus.types, corpus.starts[:-1])
-    for words, kind in zip(_texts(corpus, spans), spans.type, strict=True):
-        inventory.setdefault(words, set()).add(corpus.type_names[kind])
+    for block in blocks:
+        spans = find_spans(block.prefixes, block.types, block.starts[:-1])
+        for words, kind in zip(_texts(block, spans), spans.type, strict=True):
+            inventory.setdefault(words, set()).add(type_names[kind])
     return inventory
 
 
-def _texts(corpus: Corpus, spans: Spans) -> list[tuple[str, ...]]:
+def _texts(sentences: Sentences, spans: Spans) -> list[tuple[str, ...]]:
     return [
-        tuple(corpus.words[start:end])
+        tuple(sentences.words[start:end])
         for start, end in zip(spans.start.tolist(), spans.end.tolist(), strict=True)
     ]
 
@@ -292,15 +304,24 @@ class Analysis:
         enough = self.corpus.marks_documents and self.corpus.num_documents >= _MIN_DOCUMENTS
         return "document" if enough else "sentence"
 
+    def units(self, unit: str) -> IntArray:
+        """(num_sentences,) number of the document or sentence that each sentence is."""
+        if unit == "sentence":
+            return np.arange(self.corpus.num_sentences)
+        numbers: IntArray = np.unique(self.corpus.documents, return_inverse=True)[1]
+        return numbers
+
+    def with_confidence(self, confidence: NDArray[np.floating[Any]]) -> Analysis:
+        """The same with a confidence, (num_found,), of each predicted entity."""
+        return replace(self, prediction=replace(self.prediction, confidence=confidence))
+
     def counts(self, unit: str) -> IntArray:
         """(num_units, num_types, 3) correct, predicted and gold entities, as `significance` has it.
 
         Args:
             unit: "document" or "sentence".
         """
-        units = np.arange(self.corpus.num_sentences)
-        if unit == "document":
-            _, units = np.unique(self.corpus.documents, return_inverse=True)
+        units = self.units(unit)
         table = np.zeros((int(units.max()) + 1, len(self.type_names), 3), dtype=np.int64)
         right = self.is_right
         correct = Spans(self.found.start[right], self.found.end[right], self.found.type[right])

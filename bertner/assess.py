@@ -18,20 +18,23 @@ from bertner.analysis import (
     Prediction,
     analyse,
     compare_analyses,
-    level_to_dict,
     take_inventory,
 )
+from bertner.calibration import FILE as CALIBRATION
 from bertner.corpus import Corpus
 from bertner.data import tokenize
 from bertner.errors import ModelError, UsageError, visible
 from bertner.evaluation import Evaluation, evaluate
 from bertner.files import read_json, write_json
+from bertner.html_report import write_report
 from bertner.hub import find_model
 from bertner.model import BertForNER
+from bertner.outcome import calibrate, full_analysis, with_confidence
 from bertner.output_dir import RECORD
 from bertner.parts import columns_of, find_device, reading_of
+from bertner.predict import find_calibration
 from bertner.predictions import read_conlleval, read_predictions, write_conlleval
-from bertner.readers import read_file
+from bertner.readers import open_file, read_file
 from bertner.report import format_scores, format_table, progress_bar
 from bertner.tokenizer import Tokenizer
 
@@ -49,14 +52,18 @@ def run_evaluation(options: argparse.Namespace) -> None:
     """
     if (options.model is None) == (options.predictions is None):
         raise UsageError("give a model (--model) or a file of predictions (--predictions)")
+    if options.calibrate and (options.model is None or not Path(options.model).is_dir()):
+        raise UsageError("calibrate needs --model with a folder, into which it writes")
     corpus, prediction = _read_data(options)
-    evaluation = None
+    evaluation: Evaluation | None = None
+    confidence: dict[str, Any] = {}
     if prediction is None:
-        prediction, evaluation = _predict(options, options.model, corpus)
-    analysis = analyse(corpus, prediction)
+        analysis, evaluation, confidence = _assess_model(options, options.model, corpus)
+    else:
+        analysis = analyse(corpus, prediction)
     other = None
     if options.compare is not None:
-        other = analyse(corpus, _other_prediction(options, corpus))
+        other = _other_analysis(options, corpus)
     inventory = _find_inventory(options)
     sampling = {
         "unit": options.bootstrap_unit,
@@ -65,11 +72,9 @@ def run_evaluation(options: argparse.Namespace) -> None:
     }
     values = {
         "model": options.model or options.predictions,
-        **analysis.to_dict(inventory=inventory, **sampling),
+        **full_analysis(analysis, evaluation, inventory, **sampling),
+        **confidence,
     }
-    if evaluation is not None:
-        values["levels"]["subword"] = level_to_dict(evaluation.subword)
-        values["loss"] = evaluation.loss
     comparison = None
     if other is not None:
         comparison = compare_analyses(analysis, other, **sampling)
@@ -79,7 +84,14 @@ def run_evaluation(options: argparse.Namespace) -> None:
         print(f"\n{_format_comparison(comparison)}")
         print(_format_examples(analysis, other))
     if options.conlleval:
-        write_conlleval(options.conlleval, corpus, prediction)
+        write_conlleval(options.conlleval, corpus, analysis.prediction)
+    if options.report:
+        write_report(
+            Path(options.report),
+            title=f"{values['model']} on {corpus.source}",
+            evaluations={"data": (values, list(analysis.sentences(other)))},
+            comparison=comparison,
+        )
     if options.output_file:
         metrics = _word_metrics(analysis) if evaluation is None else evaluation.metrics()
         write_json(
@@ -103,17 +115,18 @@ def _read_data(options: argparse.Namespace) -> tuple[Corpus, Prediction | None]:
     return read_conlleval(options.predictions)
 
 
-def _other_prediction(options: argparse.Namespace, corpus: Corpus) -> Prediction:
+def _other_analysis(options: argparse.Namespace, corpus: Corpus) -> Analysis:
     """What --compare names: a file of predictions, or a model."""
     if Path(options.compare).is_file():
-        return read_predictions(options.compare, corpus, columns_of(options))
-    return _predict(options, options.compare, corpus)[0]
+        return analyse(corpus, read_predictions(options.compare, corpus, columns_of(options)))
+    without = argparse.Namespace(**{**vars(options), "calibrate": False})
+    return _assess_model(without, options.compare, corpus)[0]
 
 
-def _predict(
+def _assess_model(
     options: argparse.Namespace, name: str, corpus: Corpus
-) -> tuple[Prediction, Evaluation]:
-    """What a model says of a corpus, and its scores."""
+) -> tuple[Analysis, Evaluation, dict[str, Any]]:
+    """What a model says of a corpus, its scores, and how reliable its confidence is."""
     source = find_model(name)
     device = find_device(options.device)
     model = BertForNER.from_pretrained(source.folder).to(device)
@@ -130,6 +143,7 @@ def _predict(
         )
         reading = dataclasses.replace(reading, context="none")
     label_set = dataclasses.replace(model.label_set, given_scheme=options.scheme)
+    calibration = None if options.calibrate else find_calibration(source.folder, model, reading)
     dataset = tokenize(corpus, tokenizer, label_set, reading)
     with progress_bar(len(dataset), " rows", "evaluate", show=True) as bar:
         evaluation = evaluate(
@@ -141,11 +155,15 @@ def _predict(
             matmul=options.matmul,
             on_batch=bar.update,
         )
-    labels = evaluation.word_predictions
-    prediction = Prediction(
-        label_set.prefix_of[labels], label_set.type_of[labels], label_set.types, label_set.scheme
+    analysis = analyse(corpus, Prediction.of_labels(evaluation.word_predictions, label_set))
+    if options.calibrate:
+        calibration = calibrate(analysis, evaluation, model, reading)
+        calibration.save(source.folder)
+        logger.info("%s: calibrated on %s", source.folder / CALIBRATION, corpus.source)
+    analysis, confidence = with_confidence(
+        analysis, evaluation, calibration, is_fitted_on=options.calibrate
     )
-    return prediction, evaluation
+    return analysis, evaluation, confidence
 
 
 def _find_inventory(options: argparse.Namespace) -> Inventory | None:
@@ -154,7 +172,8 @@ def _find_inventory(options: argparse.Namespace) -> Inventory | None:
     That one is read only if it is still what the model was trained on.
     """
     if options.train_file is not None:
-        return take_inventory(read_file(options.train_file, **columns_of(options)))
+        stream = open_file(options.train_file, **columns_of(options))
+        return take_inventory(stream.blocks(), stream.builder.kinds)
     folder = Path(options.model or "")
     if options.model is None or not (folder / RECORD).is_file():
         return None
@@ -166,15 +185,16 @@ def _find_inventory(options: argparse.Namespace) -> Inventory | None:
         return None
     if not isinstance(path, str) or not Path(path).is_file():
         return None
-    corpus = read_file(path, **columns)
-    if corpus.sha256 != digest:
+    stream = open_file(path, **columns)
+    inventory = take_inventory(stream.blocks(), stream.builder.kinds)
+    if stream.digest.hexdigest() != digest:
         logger.warning(
             "%s is not what the model was trained on any more, so entities seen in training are "
             "not told apart (--train_file names another file)",
             path,
         )
         return None
-    return take_inventory(corpus)
+    return inventory
 
 
 def _word_metrics(analysis: Analysis) -> dict[str, float]:
@@ -227,13 +247,24 @@ def _format(analysis: Analysis, values: Mapping[str, Any], evaluation: Evaluatio
     }
     rows = [[name, *_three(scores)] for name, scores in ways.items()]
     parts += ["", format_table(["other ways to count", "precision", "recall", "f1"], rows)]
+    if reliability := values.get("reliability"):
+        how = "calibrated" if reliability["calibrated"] else "not calibrated (--calibrate)"
+        parts += [
+            "",
+            f"confidence of entities, {how}: expected calibration error {reliability['ece']:.4f}, "
+            f"Brier score {reliability['brier']:.4f}",
+        ]
     errors = {**values["errors"]["per_type"], "all": values["errors"]["counts"]}
     rows = [[name, *(str(counts[kind]) for kind in KINDS)] for name, counts in errors.items()]
     parts += ["", format_table(["what became of them", *KINDS], rows)]
     groups = {f"of length {name}": score for name, score in values["by_length"].items()}
     for name, score in (values["by_training"] or {}).items():
         groups[f"{name} in training" if name != "other type" else "there with another type"] = score
-    rows = [[name, *_three(score), str(score["num_gold"])] for name, score in groups.items()]
+    rows = [
+        [name, *_three(score), str(score["num_gold"])]
+        for name, score in groups.items()
+        if score["num_gold"] or score["num_predicted"]
+    ]
     parts += [
         "",
         format_table(["kinds of entities", "precision", "recall", "f1", "entities"], rows),

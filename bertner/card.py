@@ -47,6 +47,7 @@ class RunFacts:
         versions: Library versions by name.
         device: What it ran on.
         resumes: Each time that the run was carried on (see `record.run_record`).
+        reliability: Of the confidence of entities on the validation data; None if it is unknown.
     """
 
     config: TrainConfig
@@ -66,6 +67,7 @@ class RunFacts:
     versions: Mapping[str, str]
     device: str
     resumes: Sequence[Mapping[str, Any]] = ()
+    reliability: Mapping[str, Any] | None = None
 
 
 def model_card(facts: RunFacts) -> str:
@@ -211,6 +213,14 @@ def _scores(facts: RunFacts) -> str:
                 f"Viterbi gave {evaluation.num_repaired:,} of {evaluation.word.num_labels:,} words "
                 "another label than their best one, so that every sequence is legal."
             )
+    if facts.reliability is not None:
+        parts.append(
+            "The score of an entity is its confidence: the probability that its borders and its "
+            "type are right, calibrated on the validation data (`calibration.json`). There, "
+            "cross-validated, the expected calibration error is "
+            f"{facts.reliability['ece']:.4f} and the Brier score {facts.reliability['brier']:.4f}, "
+            f"over {facts.reliability['num_entities']:,} predicted entities."
+        )
     return "\n\n".join(parts)
 
 

@@ -217,8 +217,7 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
             default=8,
             help="rows over which the Trainer's eval_loss averages (default: 8)",
         )
-        _add_fields(parser, _DECIDING, "as trained")
-        _add_fields(parser, ["context", "context_unit", "context_tokens"], "as trained")
+        _add_fields(parser, [*_DECIDING, *_CONTEXT], "as trained")
         _add_machine_flags(parser)
         parser.add_argument("--label_names", help="names of integer tags: O,B-PER,I-PER")
         parser.add_argument("--text_column_name", default="tokens")
@@ -229,6 +228,14 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
             "--conlleval",
             metavar="FILE",
             help="write word, gold tag and predicted tag in columns, as conlleval reads them",
+        )
+        parser.add_argument(
+            "--report", metavar="FILE", help="write a report as one HTML page, with all errors"
+        )
+        parser.add_argument(
+            "--calibrate",
+            action="store_true",
+            help="fit the confidence of entities to these data, and keep it in the model's folder",
         )
         options = parser.parse_args(arguments)
         from bertner.assess import run_evaluation
@@ -245,15 +252,59 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
         parser = _Parser(
             prog="bertner-predict",
             description="Finds entities in text, one document a line, and writes one JSON object "
-            'a line: {"text": ..., "entities": [{"start", "end", "label", "text", "score"}]}.',
+            'a line: {"text": ..., "entities": [{"start", "end", "label", "text", "score"}]}. '
+            "Other forms of text are read and written too.",
             allow_abbrev=False,
         )
         parser.add_argument("--model", "--model_name_or_path", required=True)
-        parser.add_argument("files", nargs="*", metavar="FILE", help="default: standard input")
-        _add_fields(parser, _DECIDING, "as trained")
+        parser.add_argument(
+            "files", nargs="*", metavar="FILE", help="default, and -: standard input"
+        )
+        parser.add_argument(
+            "--input_format",
+            choices=["auto", "lines", "document", "jsonl", "conll"],
+            default="auto",
+            help="a text a line; a text a file; JSON lines with text or tokens; CoNLL columns, the "
+            "word first; or by the file's ending: .json, .jsonl, .conll, else lines (default)",
+        )
+        parser.add_argument(
+            "--output_format",
+            choices=["jsonl", "conll", "text", "html"],
+            default="jsonl",
+            help="JSON lines (default); columns with the tag last; text with entities in brackets, "
+            "coloured on a terminal; an HTML page",
+        )
+        parser.add_argument(
+            "--output_file", metavar="FILE", help="write there once all is done (default: print)"
+        )
+        parser.add_argument("--text_column_name", default="tokens", help="key of words in JSON")
+        parser.add_argument(
+            "--labels", type=_names, help="entity types to find, such as PER,LOC (default: all)"
+        )
+        parser.add_argument(
+            "--threshold",
+            type=_bound,
+            action="append",
+            default=[],
+            metavar="[TYPE=]SCORE",
+            help="leave entities out whose score is lower; several times for several types",
+        )
+        for name, meaning in (
+            ("precision", "of what is found so many are right"),
+            ("recall", "of what there is so many are found"),
+        ):
+            parser.add_argument(
+                f"--{name}",
+                type=_bound,
+                action="append",
+                default=[],
+                metavar="[TYPE=]SHARE",
+                help=f"the threshold at which {meaning}, by the model's calibration",
+            )
+        _add_fields(parser, [*_DECIDING, *_CONTEXT], "as trained")
         _add_machine_flags(parser)
         options = parser.parse_args(arguments)
-        from bertner.run import run_prediction
+        from bertner.tagging import run_prediction
 
         run_prediction(options)
 
@@ -262,6 +313,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
 
 # What a trained model may also be told of how it reads and decides.
 _DECIDING = ["max_seq_length", "window_overlap", "word_decision", "decoding"]
+_CONTEXT = ["context", "context_unit", "context_tokens"]
 
 
 def _add_fields(
@@ -304,6 +356,24 @@ def _is_out_of_memory(error: Exception) -> bool:
     """PyTorch's class for it is that of CUDA; the CPU's allocator raises a bare RuntimeError."""
     name = type(error).__name__
     return name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
+
+
+def _bound(text: str) -> tuple[str, float]:
+    """`0.9` or `PER=0.9` as (type, number); the type is "" for all."""
+    name, _, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a number from 0 to 1, or TYPE=number, not {text}"
+        )
+    return name, value
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

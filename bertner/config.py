@@ -32,6 +32,9 @@ _MAX_SIZE = 1 << 24
 _MAX_LAYERS = 128
 # Where a config.json says how the model was trained to read; nobody else looks there.
 _READING = "bertner_reading"
+# And by which rule running text was split into words: should there ever be another one than
+# corpus.split_words, models keep theirs.
+_SPLITTER, _SPLITTERS = "bertner_word_splitter", ("bertner-1",)
 _MAX_LABELS = (1 << 15) - 1  # they are kept in 16 bits
 
 
@@ -252,6 +255,13 @@ class BertConfig:
                 "only 'absolute' is",
                 path,
             )
+        if values.get(_SPLITTER, _SPLITTERS[0]) not in _SPLITTERS:
+            splitter = visible(str(values[_SPLITTER]))
+            raise ModelError(
+                f"{_SPLITTER} is {splitter:.40}: text is split into words in a way that is not "
+                "known here; update bertner",
+                path,
+            )
         known = {item.name for item in dataclasses.fields(cls)} - {"id2label", "reading"}
         shape = {name: values[name] for name in known if name in values}
         try:
@@ -284,7 +294,7 @@ class BertConfig:
             "position_embedding_type": "absolute",
             "dtype": "float32",
             **values,
-            **({} if reading is None else {_READING: reading}),
+            **({} if reading is None else {_READING: reading, _SPLITTER: _SPLITTERS[-1]}),
         }
 
 
@@ -458,6 +468,7 @@ class TrainConfig:
         False, "carry on though data, settings, versions or machine differ; it is recorded"
     )
     disable_tqdm: bool = _option(False, "no progress bars")
+    report: bool = _option(True, "at the end, write report.html: curves, scores, every error")
     report_to: str = _option(
         "none",
         "show the numbers of metrics.jsonl elsewhere too; for TensorBoard, in output_dir/runs",

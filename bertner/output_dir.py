@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bertner import files
+from bertner.calibration import FILE as CALIBRATION
 from bertner.checkpoint import (
     MANIFEST,
     METRICS,
@@ -30,6 +31,7 @@ logger = logging.getLogger("bertner")
 
 LOCK = ".lock"
 RECORD = "run.json"
+REPORT = "report.html"
 
 # Every file that a run writes at the top of its folder. run.json, by which a run's folder is known,
 # comes last: should removing them fail midway, it can be tried again.
@@ -44,6 +46,8 @@ RUN_FILES = [
     "README.md",
     "all_results.json",
     "eval_results.json",
+    CALIBRATION,
+    REPORT,
     RECORD,
 ]
 

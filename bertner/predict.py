@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import cast, overload
 
 import numpy as np
 import torch
 
 from bertner import kernels
 from bertner.batches import packed_by_length
+from bertner.calibration import Calibration, entity_evidence, fingerprint, load
 from bertner.config import EVAL_TOKENS, Reading
 from bertner.corpus import Corpus, split_words
 from bertner.data import TokenDataset, tokenize
 from bertner.decisions import Decider, Decisions
+from bertner.errors import UsageError
 from bertner.hub import find_model
 from bertner.labels import IntArray
 from bertner.model import BertForNER, autocast
 from bertner.tokenizer import Tokenizer
+
+# Texts are read this many words at a time, about: enough to sort rows by length, and memory does
+# not grow with the input.
+_STREAM_WORDS = 16_384
+_STREAM_TEXTS = 1024
 
 
 @dataclass(frozen=True)
@@ -26,11 +35,13 @@ class Entity:
     """An entity in a text.
 
     Attributes:
-        start: First character, from 0.
-        end: Character after the last.
+        start: First character, from 0; of a list of words, first word.
+        end: Character (or word) after the last.
         label: Entity type, such as "PER".
-        text: The slice `text[start:end]`.
-        score: Mean over its words of the probability of the predicted label.
+        text: The slice `text[start:end]`; of a list of words, its words with a space between.
+        score: Confidence: how probable it is that the entity is right, in borders and type, if the
+            model's folder has a calibration; else the mean over its words of the probability of the
+            predicted label.
     """
 
     start: int
@@ -40,8 +51,36 @@ class Entity:
     score: float
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text to tag.
+
+    Attributes:
+        text: All of it.
+        words: (start, end) of each word, in characters.
+        document: What it is a part of; texts that follow each other and have the same document here
+            are its sentences. None for a text of its own.
+    """
+
+    text: str
+    words: Sequence[tuple[int, int]]
+    document: object = None
+
+    @classmethod
+    def of(cls, text: str) -> Text:
+        """Running text."""
+        return cls(text, split_words(text))
+
+    @classmethod
+    def of_words(cls, words: Sequence[str], document: object = None) -> Text:
+        """Words that somebody has split, with a space between."""
+        ends = list(accumulate(len(word) + 1 for word in words))
+        spans = [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
+        return cls(" ".join(words), spans, document)
+
+
 class Tagger:
-    """Finds entities in running text.
+    """Finds entities in text.
 
     Args:
         model: Trained model.
@@ -50,7 +89,13 @@ class Tagger:
         dtype: "float32" or "bfloat16" arithmetic.
         matmul: See `TrainConfig.matmul`.
         reading: How rows are made and words decided; None for how the model was trained to. Each
-            text is a document of one sentence.
+            text is a document of one sentence, unless it says otherwise.
+        calibration: Makes scores of what the model says of words; None for their mean probability.
+        labels: Entity types to find; None for all.
+        threshold: Entities with a lower score are left out; or by type, where "" is for the others.
+
+    Raises:
+        UsageError: The model has no such type.
     """
 
     def __init__(
@@ -62,6 +107,9 @@ class Tagger:
         dtype: str = "float32",
         matmul: str = "auto",
         reading: Reading | None = None,
+        calibration: Calibration | None = None,
+        labels: Sequence[str] | None = None,
+        threshold: float | Mapping[str, float] = 0.0,
     ) -> None:
         self.model = model.eval()
         self.model.stack_projections()
@@ -71,6 +119,21 @@ class Tagger:
         self.batch_tokens = batch_tokens
         self.label_set = model.label_set
         self.reading = reading or model.config.reading or Reading()
+        self.calibration = calibration
+        thresholds = threshold if isinstance(threshold, Mapping) else {"": threshold}
+        types = self.label_set.types
+        for name in [*(labels or ()), *thresholds]:
+            if name and name not in types:
+                raise UsageError(f"the model has no type {name!r:.40}, but {', '.join(types)}")
+        # Above 1 for types that are not to be found.
+        self.thresholds = np.array(
+            [
+                thresholds.get(name, thresholds.get("", 0.0))
+                if labels is None or name in labels
+                else 2.0
+                for name in types
+            ]
+        )
 
     @classmethod
     def from_pretrained(
@@ -82,43 +145,93 @@ class Tagger:
         dtype: str = "float32",
         matmul: str = "auto",
         reading: Reading | None = None,
+        labels: Sequence[str] | None = None,
+        threshold: float | Mapping[str, float] = 0.0,
     ) -> Tagger:
         """Loads a model folder, or a model from the Hub.
 
         Raises:
             ModelError: The files cannot be used, or hold no model for named entities.
+            UsageError: The model has no type of a name in `labels` or `threshold`.
         """
         source = find_model(model_name_or_path)
         model = BertForNER.from_pretrained(source.folder).to(device)
-        tokenizer = Tokenizer.from_pretrained(source.folder, model.config)
-        return cls(model, tokenizer, batch_tokens, dtype=dtype, matmul=matmul, reading=reading)
+        reading = reading or model.config.reading or Reading()
+        return cls(
+            model,
+            Tokenizer.from_pretrained(source.folder, model.config),
+            batch_tokens,
+            dtype=dtype,
+            matmul=matmul,
+            reading=reading,
+            calibration=find_calibration(source.folder, model, reading),
+            labels=labels,
+            threshold=threshold,
+        )
 
-    def __call__(self, texts: Sequence[str]) -> list[list[Entity]]:
-        """Entities of each text, in order; a text longer than the model's window is no problem."""
+    @overload
+    def __call__(self, texts: str) -> list[Entity]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, texts: Sequence[str]) -> list[list[Entity]]: ...
+
+    def __call__(self, texts: str | Sequence[str]) -> list[Entity] | list[list[Entity]]:
+        """Entities of a text, or of each of several, in order.
+
+        A text longer than the model's window is no problem, and what stands beside a text in the
+        list does not matter.
+        """
         if isinstance(texts, str):
-            raise TypeError("give a list of texts: tagger([text])")
+            return self.tag([Text.of(texts)])[0]
+        return list(self.stream(texts))
+
+    def tag_words(
+        self, sentences: Sequence[str] | Sequence[Sequence[str]]
+    ) -> list[Entity] | list[list[Entity]]:
+        """Entities of a list of words, or of each of several; `start` and `end` count words."""
+        is_one = bool(sentences) and isinstance(sentences[0], str)
+        all_words = cast("Sequence[Sequence[str]]", [sentences] if is_one else sentences)
+        texts = [Text.of_words(words) for words in all_words]
+        results = [
+            [_in_words(entity, text) for entity in entities]
+            for text, entities in zip(texts, self._stream(texts), strict=True)
+        ]
+        return results[0] if is_one else results
+
+    def stream(self, texts: Iterable[str]) -> Iterator[list[Entity]]:
+        """Entities of each text in turn; only some texts are in memory at a time."""
+        return self._stream(map(Text.of, texts))
+
+    def _stream(self, texts: Iterable[Text]) -> Iterator[list[Entity]]:
+        for part in gather(texts):
+            yield from self.tag(part)
+
+    def tag(self, texts: Sequence[Text]) -> list[list[Entity]]:
+        """Entities of each text, computed together."""
         entities: list[list[Entity]] = [[] for _ in texts]
-        word_spans = [split_words(text) for text in texts]
         # A text without words has no entities, and would be a sentence without words below.
-        numbers = [number for number, spans in enumerate(word_spans) if spans]
+        numbers = [number for number, text in enumerate(texts) if text.words]
         if not numbers:
             return entities
-        words = [texts[number][a:b] for number in numbers for a, b in word_spans[number]]
-        starts = np.cumsum([0, *(len(word_spans[number]) for number in numbers)])
-        corpus = _unlabelled(words, starts)
+        words = [texts[number].text[a:b] for number in numbers for a, b in texts[number].words]
+        starts = np.cumsum([0, *(len(texts[number].words) for number in numbers)])
+        corpus = _unlabelled(words, starts, [texts[number].document for number in numbers])
         dataset = tokenize(corpus, self.tokenizer, self.label_set, self.reading)
         decisions = self._decide(dataset)
-        labels, scores = decisions.labels, decisions.scores
-        spans = self.label_set.spans(labels, starts[:-1])
+        spans = self.label_set.spans(decisions.labels, starts[:-1])
+        types = [self.label_set.types[kind] for kind in spans.type]
+        scores = entity_evidence(decisions.scores, spans.start, spans.end, starts)
+        confidence = scores[:, 0]
+        if self.calibration is not None:
+            confidence = self.calibration.apply(scores, types)
         sentence_of = np.searchsorted(starts, spans.start, side="right") - 1
-        for k, sentence in enumerate(sentence_of):
-            number, offset = numbers[sentence], starts[sentence]
+        for k in np.flatnonzero(confidence >= self.thresholds[spans.type]):
+            number, offset = numbers[sentence_of[k]], starts[sentence_of[k]]
             text = texts[number]
-            start = word_spans[number][spans.start[k] - offset][0]
-            end = word_spans[number][spans.end[k] - 1 - offset][1]
-            score = float(scores[spans.start[k] : spans.end[k]].mean())
-            label = self.label_set.types[spans.type[k]]
-            entities[number].append(Entity(start, end, label, text[start:end], score))
+            start = text.words[spans.start[k] - offset][0]
+            end = text.words[spans.end[k] - 1 - offset][1]
+            entity = Entity(start, end, types[k], text.text[start:end], float(confidence[k]))
+            entities[number].append(entity)
         return entities
 
     @torch.inference_mode()
@@ -132,9 +245,64 @@ class Tagger:
         return decider.decide()
 
 
-def _unlabelled(words: list[str], starts: IntArray) -> Corpus:
+def gather(texts: Iterable[Text | None]) -> Iterator[list[Text]]:
+    """Texts in parts that are tagged together; a document is never divided.
+
+    Args:
+        texts: None among them says that the next one may take its time: what is there goes ahead.
+    """
+    part: list[Text] = []
+    num_words = 0
+    for text in texts:
+        if text is not None and part:
+            is_full = num_words >= _STREAM_WORDS or len(part) >= _STREAM_TEXTS
+            goes_on = text.document is not None and text.document == part[-1].document
+            if is_full and not goes_on:
+                yield part
+                part, num_words = [], 0
+        if text is not None:
+            part.append(text)
+            num_words += len(text.words)
+        # A document may go on after the pause.
+        elif part and part[-1].document is None:
+            yield part
+            part, num_words = [], 0
+    if part:
+        yield part
+
+
+def word_range(entity: Entity, text: Text) -> tuple[int, int]:
+    """(first, after the last) word of an entity of a text."""
+    starts = [start for start, _ in text.words]
+    first = int(np.searchsorted(starts, entity.start))
+    return first, int(np.searchsorted(starts, entity.end))
+
+
+def _in_words(entity: Entity, text: Text) -> Entity:
+    return Entity(*word_range(entity, text), entity.label, entity.text, entity.score)
+
+
+def find_calibration(folder: Path, model: BertForNER, reading: Reading) -> Calibration | None:
+    """The calibration of a model's folder, if words are decided as those were that it is of.
+
+    Raises:
+        ModelError: It is damaged, or of other weights.
+    """
+    calibration = load(folder, fingerprint_of(model))
+    return calibration if calibration is not None and calibration.is_for(reading) else None
+
+
+def fingerprint_of(model: BertForNER) -> str:
+    """Tells the model's weights from others; see `calibration.fingerprint`."""
+    head = model.classifier
+    return fingerprint(*(part.detach().float().cpu().numpy() for part in (head.weight, head.bias)))
+
+
+def _unlabelled(words: list[str], starts: IntArray, documents: Sequence[object]) -> Corpus:
     """Texts as a corpus of one sentence each, every word tagged O."""
     outside = np.zeros(len(words), dtype=np.int8)
+    # Neighbours are of one document if they say so.
+    begins = [True, *(a is None or a != b for a, b in pairwise(documents))]
     return Corpus(
         source="text",
         words=words,
@@ -143,7 +311,7 @@ def _unlabelled(words: list[str], starts: IntArray) -> Corpus:
         types=np.full(len(words), -1, dtype=np.int16),
         type_names=(),
         starts=starts,
-        documents=np.arange(len(starts) - 1),
+        documents=np.cumsum(begins),
         lines=np.repeat(np.arange(1, len(starts)), np.diff(starts)),
         scheme="IOB2",
         sha256="",

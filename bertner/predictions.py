@@ -83,7 +83,7 @@ def write_conlleval(path: str | Path, corpus: Corpus, prediction: Prediction) ->
                 document = corpus.documents[k]
                 lines = ["-DOCSTART- O O", ""]
             for word in range(int(corpus.starts[k]), int(corpus.starts[k + 1])):
-                lines.append(f"{_column(corpus.words[word])} {gold[word]} {predicted[word]}")
+                lines.append(f"{column_of(corpus.words[word])} {gold[word]} {predicted[word]}")
             yield "\n".join([*lines, "", ""]).encode()
 
     replace_file(Path(path), sentences())
@@ -91,12 +91,13 @@ def write_conlleval(path: str | Path, corpus: Corpus, prediction: Prediction) ->
 
 def _tags(prefixes: IntArray, types: IntArray, type_names: Sequence[str]) -> list[str]:
     return [
-        "O" if kind < 0 else f"{PREFIX_LETTERS[prefix]}-{_column(type_names[kind])}"
+        "O" if kind < 0 else f"{PREFIX_LETTERS[prefix]}-{column_of(type_names[kind])}"
         for prefix, kind in zip(prefixes.tolist(), types.tolist(), strict=True)
     ]
 
 
-def _column(text: str) -> str:
+def column_of(text: str) -> str:
+    """A word as it can stand in a column: without white space, and not empty."""
     # U+FEFF, a space of no width, would be taken for a byte order mark at the head of the file.
     text = "_".join(text.replace("\ufeff", " ").split()) or "_"
     return "_DOCSTART_" if text == "-DOCSTART-" else text

@@ -221,7 +221,7 @@ def _conll_sentences(
                 builder.source,
                 number,
             )
-        if not row or (row[0] == "-" and _begins_document(row)):
+        if not row or (row[0] == "-" and begins_document(row)):
             if words:
                 yield document, words, tags, range(number - len(words), number)
                 words, tags, is_first = [], [], False
@@ -253,7 +253,8 @@ def _conll_sentences(
         yield document, words, tags, range(number + 1 - len(words), number + 1)
 
 
-def _begins_document(row: str) -> bool:
+def begins_document(row: str) -> bool:
+    """Whether a line of CoNLL columns stands between documents."""
     return row == "-DOCSTART-" or row.startswith(("-DOCSTART- ", "-DOCSTART-\t"))
 
 
@@ -267,22 +268,7 @@ def _json_sentences(
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            record = _JSON.decode(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", str(error))
-            raise DataError(
-                f"not JSON ({reason}); each line must be one object, and the last may be cut off",
-                builder.source,
-                number,
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(
-                "each line must be one JSON object, such as "
-                '{"tokens": ["Paris"], "ner_tags": ["B-LOC"]}',
-                builder.source,
-                number,
-            )
+        record = parse_record(line, builder.source, number)
         if text_column in record and label_column in record:
             words, tags = record[text_column], record[label_column]
             _check_columns(words, tags, builder, number, text_column, label_column)
@@ -308,6 +294,31 @@ def _json_sentences(
         yield document, words, tags, [number] * len(words)
 
 
+def parse_record(line: str, source: str, number: int) -> dict[str, Any]:
+    """The JSON object in a line.
+
+    Raises:
+        DataError: There is none.
+    """
+    try:
+        record = _JSON.decode(line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", str(error))
+        raise DataError(
+            f"not JSON ({reason}); each line must be one object, and the last may be cut off",
+            source,
+            number,
+        ) from None
+    if not isinstance(record, dict):
+        raise DataError(
+            "each line must be one JSON object, such as "
+            '{"tokens": ["Paris"], "ner_tags": ["B-LOC"]}',
+            source,
+            number,
+        )
+    return record
+
+
 _JSON = json.JSONDecoder(object_pairs_hook=json_object)
 
 
@@ -321,16 +332,17 @@ def _listed(names: Iterable[str]) -> str:
 def _checked_text(text: Any, builder: CorpusBuilder, number: int) -> str:
     if not isinstance(text, str):
         raise DataError(f"'text' must be a string, not {short(text)}", builder.source, number)
-    _check_characters(text, builder, number)
+    check_characters(text, builder.source, number)
     return text
 
 
-def _check_characters(text: str, builder: CorpusBuilder, number: int) -> None:
+def check_characters(text: str, source: str, number: int) -> None:
+    """Raises DataError if text from JSON or parquet holds what stands for no character."""
     unusable = _UNUSABLE.search(text)
     if unusable:
         raise DataError(
             f"holds U+{ord(unusable.group()):04X}, which stands for no character; remove it",
-            builder.source,
+            source,
             number,
         )
 
@@ -357,7 +369,7 @@ def _check_columns(
             builder.source,
             number,
         )
-    _check_characters("".join(words), builder, number)
+    check_characters("".join(words), builder.source, number)
 
 
 def _named_tags(tags: Sequence[Any], builder: CorpusBuilder, number: int) -> list[str]:
@@ -603,7 +615,7 @@ def read_lines(path: str | Path) -> Iterator[str]:
         yield from decode_lines(stream, path)
 
 
-def decode_lines(stream: Iterable[bytes], source: object) -> Iterator[str]:
+def decode_lines(stream: Iterable[bytes], source: object, first_line: int = 1) -> Iterator[str]:
     """The same for lines of bytes, from wherever they come; `source` is named in errors."""
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(stream, first_line):
         yield _decode(line, source, number).rstrip("\r\n")

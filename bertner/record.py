@@ -28,7 +28,7 @@ _FREE = (
     "model_name_or_path model_revision dataset_name dataset_config_name train_file validation_file "
     "test_file data_cache device logging_steps save_strategy save_steps save_total_limit "
     "output_dir overwrite_output_dir resume_from_checkpoint allow_inexact_resume disable_tqdm "
-    "report_to seeds"
+    "report report_to seeds"
 ).split()
 # Settings that only watch, unless they say which model or seed is the best, or when to stop.
 _WATCHING = (

@@ -236,9 +236,14 @@ def _line(event: str, values: Mapping[str, Any]) -> str:
 
 
 def progress_bar(
-    total: int, unit: str, name: str, show: bool, leave: bool = False, initial: int = 0
+    total: int | None,
+    unit: str,
+    name: str,
+    show: bool,
+    leave: bool = False,
+    initial: int = 0,
 ) -> tqdm[Any]:
-    """A bar on stderr; where that is a file, a line now and then."""
+    """A bar on stderr; where that is a file, a line now and then. The total may be unknown."""
     return tqdm(
         total=total,
         initial=initial,

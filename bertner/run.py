@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import io
-import json
 import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bertner import kernels
 from bertner.card import RunFacts, early_stop, model_card
 from bertner.checkpoint import (
     WEIGHTS,
@@ -30,15 +25,15 @@ from bertner.checkpoint import (
     write_state,
 )
 from bertner.config import TrainConfig
-from bertner.errors import CheckpointError, RunStoppedError
+from bertner.errors import BertnerError, CheckpointError, RunStoppedError
 from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import write_json, write_text
+from bertner.html_report import write_report
 from bertner.loop import class_weights, train
-from bertner.output_dir import RECORD, lock_output_dir, remove_run
-from bertner.parts import Parts, announce, build_parts, find_device, reading_of
-from bertner.predict import Tagger
+from bertner.outcome import assess_run, read_events, run_facts
+from bertner.output_dir import RECORD, REPORT, lock_output_dir, remove_run
+from bertner.parts import Parts, announce, build_parts, find_device
 from bertner.progress import TrainResult, TrainState
-from bertner.readers import decode_lines, read_lines
 from bertner.record import run_record
 from bertner.report import RunReport, format_scores, say
 from bertner.resume import (
@@ -355,16 +350,44 @@ class _Run:
             device=self.record["device"],
             resumes=self.record["resumes"],
         )
+        reliability = self.write_report(evaluations)
+        facts = dataclasses.replace(facts, reliability=reliability)
         write_text(self.output_dir / "README.md", model_card(facts))
         finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json(self.output_dir / RECORD, {**self.record, "finished": finished})
         for split, evaluation in evaluations.items():
             say(f"\n{format_scores(evaluation.word, f'{split}, word level')}")
 
+    def write_report(self, evaluations: dict[str, Evaluation]) -> Mapping[str, Any] | None:
+        """Writes the calibration and the report; the results do not hang on them.
+
+        Returns:
+            How reliable the confidence of entities is on the validation data.
+        """
+        try:
+            pages = assess_run(self.config, self.parts, evaluations, self.output_dir)
+            if self.config.report:
+                write_report(
+                    self.output_dir / REPORT,
+                    title=self.output_dir.resolve().name,
+                    evaluations=pages,
+                    events=read_events(self.report.path),
+                    facts=run_facts(self.record, self.arguments),
+                )
+        except BertnerError as error:
+            logger.warning("no report: %s", error)
+            return None
+        if "validation" not in pages:
+            return None
+        reliability: Mapping[str, Any] = pages["validation"][0]["reliability"]
+        return reliability
+
 
 def say_what_next(output_dir: Path) -> None:
     """Says where everything is, and how to use it."""
     say(f"\nModel, model card and scores: {output_dir}")
+    if (output_dir / REPORT).is_file():
+        say(f"Report, to open in a browser: {output_dir / REPORT}")
     predict = f"{_command('bertner-predict')} --model {shlex.quote(str(output_dir))}"
     say(f"Try it: echo 'Angela Merkel visited Paris .' | {predict}")
 
@@ -416,34 +439,3 @@ def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dic
             for kind, s in evaluation.word.per_type.items()
         }
     return results
-
-
-def run_prediction(options: argparse.Namespace) -> None:
-    """`bertner-predict`: entities of the lines of files or stdin, in order, as JSON lines."""
-    device = find_device(options.device)
-    products = kernels.choose_products(options.matmul, device, options.dtype)
-    logger.info("matrix products: %s", products)
-    tagger = Tagger.from_pretrained(
-        options.model,
-        device=str(device),
-        batch_tokens=options.batch_tokens,
-        dtype=options.dtype,
-        matmul=options.matmul,
-    )
-    tagger.reading = reading_of(options, tagger.model.config)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # JSON is, whatever the locale
-    lines = _lines(options.files)
-    # Some at a time: enough to sort by length, and memory does not grow with the input.
-    while texts := list(islice(lines, 1024)):
-        for text, entities in zip(texts, tagger(texts), strict=True):
-            record = {"text": text, "entities": [dataclasses.asdict(e) for e in entities]}
-            print(json.dumps(record, ensure_ascii=False))
-
-
-def _lines(files: list[str]) -> Iterator[str]:
-    if not files:
-        # Bytes, since what the locale says of text files need not be what comes in.
-        yield from decode_lines(sys.stdin.buffer, "standard input")
-    for path in files:
-        yield from read_lines(path)

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bertner.calibration import FILE as CALIBRATION
 from bertner.card import card_of_seeds, markdown_table
 from bertner.checkpoint import METRICS, WEIGHTS
 from bertner.config import TrainConfig
@@ -21,6 +22,7 @@ from bertner.errors import CheckpointError, ModelError, OutputDirectoryError, Ru
 from bertner.files import read_json, replace_file, write_json, write_text
 from bertner.output_dir import (
     RECORD,
+    REPORT,
     find_run,
     is_of_seeds,
     list_seeds,
@@ -131,10 +133,15 @@ def _write_results(
         load_weights(TensorFile(kept / WEIGHTS), parts.model, kept)
         results = read_json(kept / "all_results.json")
         metrics = (kept / METRICS).read_bytes()
+        # Which a run may be without.
+        paths = [kept / name for name in (CALIBRATION, REPORT)]
+        extras = {path.name: path.read_bytes() for path in paths if path.is_file()}
         # Whoever edited it need not have used UTF-8.
         card = (kept / "README.md").read_text(encoding="utf-8", errors="backslashreplace")
     parts.save_model(output_dir)
     replace_file(output_dir / METRICS, [metrics])
+    for name, content in extras.items():
+        replace_file(output_dir / name, [content])
     names = [name for name in scores[best] if all(name in each for each in scores.values())]
     columns = [metric] * (metric not in _COLUMNS) + [name for name in _COLUMNS if name in names]
     summary = {

@@ -14,6 +14,7 @@ from seqeval.scheme import IOB2, IOBES
 from bertner.analysis import (
     KINDS,
     Analysis,
+    Inventory,
     Prediction,
     analyse,
     compare_analyses,
@@ -60,6 +61,11 @@ def pairs(draw: st.DrawFn, prefixes: str = "BI") -> tuple[Sentences, Sentences]:
     gold = draw(st.lists(st.lists(tag, min_size=1, max_size=8), min_size=1, max_size=5))
     said = [[draw(tag) if draw(st.integers(0, 2)) == 0 else t for t in tags] for tags in gold]
     return gold, said
+
+
+def inventory_of(corpus: Corpus) -> Inventory:
+    """In blocks of one sentence."""
+    return take_inventory(corpus.blocks(1), corpus.type_names)
 
 
 def as_counts(analysis: Analysis) -> dict[str, int]:
@@ -201,7 +207,7 @@ def test_strict_muc_is_the_plain_score(case: tuple[Sentences, Sentences]) -> Non
 def test_all_parts_add_up(case: tuple[Sentences, Sentences]) -> None:
     gold, said = case
     analysis = analyse(read(gold), predicted(said))
-    overall, inventory = analysis.word.overall, take_inventory(read(said))
+    overall, inventory = analysis.word.overall, inventory_of(read(said))
     for parts in (analysis.by_length(), analysis.by_training(inventory)):
         for name in ("num_correct", "num_predicted", "num_gold"):
             assert sum(getattr(part, name) for part in parts.values()) == getattr(overall, name)
@@ -227,7 +233,7 @@ def test_all_parts_add_up(case: tuple[Sentences, Sentences]) -> None:
 
 def test_seen_and_unseen_in_training() -> None:
     training = corpus_of("Paris/B-LOC said Mary/B-PER Poe/I-PER", "Bank/B-ORG Bank/B-LOC")
-    inventory = take_inventory(training)
+    inventory = inventory_of(training)
     assert inventory == {("Paris",): {"LOC"}, ("Mary", "Poe"): {"PER"}, ("Bank",): {"ORG", "LOC"}}
     corpus = corpus_of("Paris/B-LOC Mary/B-ORG Poe/I-ORG Mary/B-PER Bank/B-LOC")
     said = Prediction(corpus.prefixes, corpus.types, corpus.type_names, "IOB2")

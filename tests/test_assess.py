@@ -180,3 +180,50 @@ def test_bad_input(
     assert message in errors
     assert "Traceback" not in errors
     assert len(errors.strip().splitlines()) <= 2
+
+
+def test_confidence_is_calibrated_and_kept(
+    model_folder: Path, gold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, scores = make_model(model_folder), tmp_path / "scores.json"
+    command = ["--model", str(model), "--file", str(gold), "--output_file", str(scores)]
+
+    def reliability() -> dict[str, object]:
+        values: dict[str, object] = json.loads(scores.read_text())["analysis"]["reliability"]
+        return values
+
+    assert eval_main(command) == 0
+    assert "confidence of entities, not calibrated (--calibrate)" in capsys.readouterr().out
+    before = reliability()
+    assert before["calibrated"] is False
+    assert eval_main([*command, "--calibrate"]) == 0
+    assert "calibrated on " in capsys.readouterr().err
+    cross_validated = reliability()
+    assert eval_main(command) == 0
+    assert "confidence of entities, calibrated" in capsys.readouterr().out
+    after = reliability()
+    assert after["brier"] < before["brier"]  # type: ignore[operator]
+    assert cross_validated["brier"] >= after["brier"]  # type: ignore[operator]
+    # Decided otherwise, the confidence is not what was calibrated.
+    assert eval_main([*command, "--decoding", "viterbi"]) == 0
+    assert reliability()["calibrated"] is False
+    # Other weights in the same folder.
+    make_model(model_folder, seed=3).joinpath("model.safetensors").rename(
+        model / "model.safetensors"
+    )
+    assert eval_main(command) == 65
+    assert "calibrate the model again, or remove the file" in capsys.readouterr().err
+    assert eval_main([*command, "--calibrate"]) == 0
+    said = ["--predictions", str(gold), "--file", str(gold), "--calibrate"]
+    assert eval_main(said) == 2
+    assert "calibrate needs --model with a folder" in capsys.readouterr().err
+
+
+def test_a_report(model_folder: Path, gold: Path, tmp_path: Path) -> None:
+    model, other = make_model(model_folder), make_model(model_folder, seed=3)
+    page = tmp_path / "report.html"
+    command = ["--model", str(model), "--file", str(gold), "--report", str(page)]
+    assert eval_main([*command, "--compare", str(other)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>")
+    assert str(other) in text

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from bertner.calibration import fit
+from bertner.config import BertConfig, Reading
 from bertner.corpus import split_words
+from bertner.errors import ModelError, UsageError
 from bertner.model import BertForNER
-from bertner.predict import Tagger
+from bertner.predict import Entity, Tagger, Text, fingerprint_of, gather
 
 LABELS = dict(enumerate(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]))
 
@@ -76,6 +84,115 @@ def test_nothing_in_nothing_out(tagger: Tagger) -> None:
     assert tagger([]) == []
 
 
-def test_a_bare_string_is_not_a_list_of_letters(tagger: Tagger) -> None:
-    with pytest.raises(TypeError, match="list of texts"):
-        tagger("Paris")
+def test_one_text_and_lists_of_words(tagger: Tagger) -> None:
+    text = "Mary Poe said Paris is the landing of London ."
+    entities = tagger(text)
+    assert entities == tagger([text])[0]
+    words = text.split()
+    of_words = tagger.tag_words(words)
+    assert of_words == tagger.tag_words([["of"], words])[1]
+    assert [(e.label, e.text) for e in of_words] == [(e.label, e.text) for e in entities]
+    for entity in of_words:
+        assert " ".join(words[entity.start : entity.end]) == entity.text
+    assert tagger.tag_words([]) == []
+    # Words that tokenise to nothing, and words with spaces, keep their places.
+    odd = tagger.tag_words(["", "\u200b", "Paris London", "", "Mary"])
+    assert {place for entity in odd for place in range(entity.start, entity.end)} <= {2, 4}
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 5000])
+def test_the_same_whatever_the_batch(tagger: Tagger, batch_tokens: int) -> None:
+    expected = tagger(TEXTS)
+    other = Tagger(tagger.model, tagger.tokenizer, batch_tokens)
+    for ours, theirs in zip(expected, other.stream(iter(TEXTS)), strict=True):
+        assert [(e.start, e.end, e.label) for e in ours] == [
+            (e.start, e.end, e.label) for e in theirs
+        ]
+        assert [e.score for e in ours] == pytest.approx([e.score for e in theirs], abs=1e-5)
+
+
+def test_the_stream_reads_no_further_than_it_must(
+    tagger: Tagger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bertner.predict._STREAM_TEXTS", 3)
+    taken = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield "Paris"
+
+    stream = tagger.stream(endless())
+    assert [len(next(stream)) for _ in range(7)] == [1] * 7
+    assert taken <= 10
+
+
+def test_parts_hold_whole_documents_and_do_not_wait() -> None:
+    def text(document: object = None) -> Text:
+        return Text("a", [(0, 1)], document)
+
+    documents = [*[text(1)] * 1500, *[text(2)] * 3, text(), text()]
+    assert [len(part) for part in gather(documents)] == [1500, 5]
+    # What is there goes ahead when the next one takes its time, but not half a document.
+    paused = [text(), None, None, text(1), None, text(1), text(), None]
+    assert [len(part) for part in gather(paused)] == [1, 3]
+
+
+def test_labels_and_thresholds(tagger: Tagger) -> None:
+    every = [e for entities in tagger(TEXTS) for e in entities]
+    middle = sorted(e.score for e in every if e.label == "LOC")[3]
+
+    def found(**options: Any) -> list[Entity]:
+        other = Tagger(tagger.model, tagger.tokenizer, **options)
+        return [e for entities in other(TEXTS) for e in entities]
+
+    assert found(labels=["LOC"]) == [e for e in every if e.label == "LOC"]
+    assert found(threshold=middle) == [e for e in every if e.score >= middle]
+    assert found(threshold={"LOC": middle}) == [
+        e for e in every if e.label == "PER" or e.score >= middle
+    ]
+    assert found(threshold={"": 1.0, "LOC": middle}) == [
+        e for e in every if e.label == "LOC" and e.score >= middle
+    ]
+    for wrong in ({"labels": ["ORG"]}, {"threshold": {"ORG": 0.5}}):
+        with pytest.raises(UsageError, match="no type 'ORG', but PER, LOC"):
+            found(**wrong)
+
+
+def test_scores_are_calibrated_if_the_model_is(tagger: Tagger, model_folder: Path) -> None:
+    before = [e.score for entities in tagger(TEXTS) for e in entities]
+    evidence = np.full((40, 2), 0.9)
+    right = np.arange(40) % 4 == 0  # a model that is sure and mostly wrong
+    calibration = fit(
+        evidence,
+        ["LOC"] * 40,
+        right,
+        {"LOC": 40},
+        source="made-up",
+        weights=fingerprint_of(tagger.model),
+        reading=Reading(),
+    )
+    calibration.save(model_folder)
+    calibrated = Tagger.from_pretrained(model_folder)
+    after = [e.score for entities in calibrated(TEXTS) for e in entities]
+    assert len(after) == len(before)
+    assert sum(after) < 0.8 * sum(before)
+    # Words decided in another way are not what was calibrated.
+    viterbi = Tagger.from_pretrained(model_folder, reading=Reading(decoding="viterbi"))
+    assert viterbi.calibration is None
+    with torch.no_grad():
+        tagger.model.classifier.bias += 1
+    tagger.model.save_pretrained(model_folder)
+    with pytest.raises(ModelError, match="other weights"):
+        Tagger.from_pretrained(model_folder)
+
+
+def test_a_model_keeps_the_way_that_words_are_split(model_folder: Path) -> None:
+    path = model_folder / "config.json"
+    config = BertConfig.from_dict(json.loads(path.read_text()))
+    trained = replace(config, reading=Reading()).to_dict()
+    assert trained["bertner_word_splitter"] == "bertner-1"
+    path.write_text(json.dumps({**trained, "bertner_word_splitter": "bertner-9"}))
+    with pytest.raises(ModelError, match="split into words in a way that is not known here"):
+        Tagger.from_pretrained(model_folder)

@@ -1,0 +1,139 @@
+"""`bertner-predict`: tags text from files or standard input as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+
+from bertner import kernels
+from bertner.errors import UsageError
+from bertner.files import replace_file
+from bertner.parts import find_device, reading_of
+from bertner.predict import Tagger, Text, gather
+from bertner.report import progress_bar
+from bertner.tag_output import Writer
+from bertner.text_input import STANDARD_INPUT, Item, read_items
+
+logger = logging.getLogger("bertner")
+
+
+def run_prediction(options: argparse.Namespace) -> None:
+    """`bertner-predict`: entities of texts, in order.
+
+    Raises:
+        BertnerError: See the exit codes in `errors`.
+    """
+    device = find_device(options.device)
+    products = kernels.choose_products(options.matmul, device, options.dtype)
+    logger.info("matrix products: %s", products)
+    tagger = Tagger.from_pretrained(
+        options.model,
+        device=str(device),
+        batch_tokens=options.batch_tokens,
+        dtype=options.dtype,
+        matmul=options.matmul,
+    )
+    tagger = _as_asked(tagger, options)
+    files = options.files or [STANDARD_INPUT]
+    writer = Writer(
+        options.output_format,
+        tagger.label_set.types,
+        title="Entities in " + ", ".join("standard input" if f == "-" else f for f in files),
+        colour=options.output_file is None and sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+    )
+    # On one terminal with the output, it would be in the way.
+    show = sys.stderr.isatty() and (options.output_file is not None or not sys.stdout.isatty())
+    with progress_bar(None, " words", "tag", show) as bar:
+
+        def items() -> Iterator[Item | None]:
+            for path in files:
+                yield from read_items(path, options.input_format, options.text_column_name)
+
+        with closing(_pieces(tagger, items(), writer, bar.update)) as pieces:
+            if options.output_file is not None:
+                encoded = (piece.encode("utf-8", "backslashreplace") for piece in pieces)
+                replace_file(Path(options.output_file), encoded)
+            else:
+                _print(pieces)
+
+
+def _as_asked(tagger: Tagger, options: argparse.Namespace) -> Tagger:
+    """The tagger, reading and choosing entities as the flags say."""
+    reading = reading_of(options, tagger.model.config)
+    folder_calibration = tagger.calibration
+    if folder_calibration is not None and not folder_calibration.is_for(reading):
+        folder_calibration = None
+        logger.warning("scores are not calibrated for this way to decide words")
+    thresholds: dict[str, float] = {}
+    types = tagger.label_set.types
+    for wanted, values in (("precision", options.precision), ("recall", options.recall)):
+        for name, value in values:
+            if folder_calibration is None:
+                raise UsageError(
+                    f"{wanted} needs a calibration in the model's folder; make one with "
+                    "bertner-eval --calibrate --file ANNOTATED"
+                )
+            for kind in [name] if name else types:
+                point = folder_calibration.threshold_for(kind, **{wanted: value})
+                thresholds[kind] = point.threshold
+                logger.info(
+                    "%s: threshold %.3f, precision %.3f and recall %.3f on %s",
+                    kind,
+                    point.threshold,
+                    point.score.precision,
+                    point.score.recall,
+                    folder_calibration.source,
+                )
+    thresholds.update(options.threshold)
+    return Tagger(
+        tagger.model,
+        tagger.tokenizer,
+        tagger.batch_tokens,
+        dtype=tagger.dtype,
+        matmul=tagger.matmul,
+        reading=reading,
+        calibration=folder_calibration,
+        labels=options.labels,
+        threshold=thresholds,
+    )
+
+
+def _pieces(
+    tagger: Tagger,
+    items: Iterator[Item | None],
+    writer: Writer,
+    on_words: Callable[[int], object],
+) -> Generator[str, None, None]:
+    """The output, a text at a time; an empty piece where the next may take its time."""
+    waiting: list[Item] = []
+
+    def texts() -> Iterator[Text | None]:
+        for item in items:
+            if item is not None:
+                waiting.append(item)
+            yield None if item is None else item.text
+
+    yield writer.head()
+    for part in gather(texts()):
+        tagged, waiting[:] = waiting[: len(part)], waiting[len(part) :]
+        for item, entities in zip(tagged, tagger.tag(part), strict=True):
+            yield writer.item(item, entities)
+            on_words(len(item.text.words))
+        yield ""
+    yield writer.foot()
+
+
+def _print(pieces: Iterator[str]) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # JSON is, whatever the locale; and names of files need not be text.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    for piece in pieces:
+        sys.stdout.write(piece)
+        if not piece:
+            sys.stdout.flush()

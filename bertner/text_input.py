@@ -1,0 +1,164 @@
+"""Text to be tagged: read from lines, whole files, JSON lines or CoNLL columns, as it comes."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from reprlib import repr as short  # what a message shows of a value from a file
+from typing import Any
+
+from bertner.errors import DataError
+from bertner.predict import Text
+from bertner.readers import (
+    begins_document,
+    check_characters,
+    decode_lines,
+    parse_record,
+    read_lines,
+)
+
+FORMATS = ("auto", "lines", "document", "jsonl", "conll")
+
+STANDARD_INPUT = "-"
+
+_READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text, and what its source has beside it.
+
+    Attributes:
+        text: To be tagged.
+        record: Of JSON lines: the object that it came in.
+        rows: Of CoNLL columns: the columns of each word.
+        heading: Of CoNLL columns: the columns of the `-DOCSTART-` line before it; else empty.
+    """
+
+    text: Text
+    record: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Sequence[str]] = ()
+    heading: Sequence[str] = ()
+
+
+def read_items(path: str, format: str, text_column: str = "tokens") -> Iterator[Item | None]:
+    """Reads the texts of a file, one after another.
+
+    Args:
+        path: The file, or "-" for standard input.
+        format: One of `FORMATS`. "auto" goes by the ending: `.json` and `.jsonl` are JSON lines,
+            `.conll` is CoNLL columns, and all else is lines.
+        text_column: Key of the words in JSON lines.
+
+    Yields:
+        Texts; and None where standard input has nothing more for now.
+
+    Raises:
+        DataError: The file is missing, or breaks its format.
+        StorageError: The disk fails.
+    """
+    if format == "auto":
+        ending = Path(path).suffix.lower()
+        format = {".json": "jsonl", ".jsonl": "jsonl", ".conll": "conll"}.get(ending, "lines")
+    name = "standard input" if path == STANDARD_INPUT else path
+    lines = _standard_input() if path == STANDARD_INPUT else read_lines(path)
+    if format == "document":
+        text = "\n".join(line for line in lines if line is not None)
+        yield Item(Text.of(text))
+    elif format == "jsonl":
+        yield from _json_items(lines, name, text_column)
+    elif format == "conll":
+        yield from _conll_items(lines, name)
+    else:
+        for line in lines:
+            yield None if line is None else Item(Text.of(line))
+
+
+def _standard_input() -> Iterator[str | None]:
+    """Lines as they arrive; None where the next one is not there yet."""
+    descriptor = sys.stdin.fileno()
+
+    def arriving() -> Iterator[bytes | None]:
+        rest = b""
+        while chunk := os.read(descriptor, _READ_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+            if lines and not select.select([descriptor], [], [], 0)[0]:
+                yield None
+        if rest:
+            yield rest
+
+    number = 0
+    for line in arriving():
+        if line is None:
+            yield None
+        else:
+            number += 1
+            yield from decode_lines([line], "standard input", number)
+
+
+def _json_items(
+    lines: Iterable[str | None], source: str, text_column: str
+) -> Iterator[Item | None]:
+    for number, line in enumerate((line for line in lines), 1):
+        if line is None or not line.strip():
+            if line is None:
+                yield None
+            continue
+        record = parse_record(line, source, number)
+        text, words = record.get("text"), record.get(text_column)
+        if isinstance(text, str):
+            check_characters(text, source, number)
+            yield Item(Text.of(text), record)
+        elif isinstance(words, list) and all(isinstance(word, str) for word in words):
+            check_characters("".join(words), source, number)
+            yield Item(Text.of_words(words), record)
+        else:
+            raise DataError(
+                f"needs 'text', a string, or {text_column!r}, a list of words, but is "
+                f"{short(record)} (--text_column_name names another key)",
+                source,
+                number,
+            )
+
+
+def _conll_items(lines: Iterable[str | None], source: str) -> Iterator[Item | None]:
+    """Sentences of words, the first column; of one document from one `-DOCSTART-` to the next."""
+    rows: list[list[str]] = []
+    heading: list[str] = []
+    document = 0
+
+    def sentence() -> Item:
+        words = [row[0] for row in rows]
+        text = Text.of_words(words, (source, document) if document else None)
+        return Item(text, rows=list(rows), heading=list(heading))
+
+    number = 0
+    for line in lines:
+        if line is None:
+            yield None
+            continue
+        number += 1
+        row = line.rstrip(" \t\r")
+        if "\r" in row:
+            raise DataError(
+                "a carriage return within the line; if it ends lines, convert the file "
+                "(tr '\\r' '\\n')",
+                source,
+                number,
+            )
+        if row and not begins_document(row):
+            rows.append(row.split("\t") if "\t" in row else row.split())
+            continue
+        if rows:
+            yield sentence()
+            rows, heading = [], []
+        if row:
+            document += 1
+            heading = row.split()
+    if rows:
+        yield sentence()
