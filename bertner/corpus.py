@@ -11,6 +11,7 @@ import logging
 import re
 import reprlib
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,9 @@ MAX_TYPES = 10_000
 # A source is read this many words at a time: some 1,500 sentences, which cost about 5 MB while
 # they are Python objects, and long enough that array operations on them cost nothing a word.
 BLOCK_WORDS = 25_000
+
+# Of the tags that do not fit a scheme, so many are kept to be shown.
+_KEPT_MISFITS = 5
 
 # What cannot stand in a label: it would break the lines of messages, cards and vocabularies.
 _NOT_IN_LABELS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -145,6 +149,25 @@ class CorpusSummary:
 
 
 @dataclass(frozen=True)
+class Misfit:
+    """A tag that the scheme of its source does not allow where it stands.
+
+    Attributes:
+        line: Line or record, from 1.
+        word: The word that has it.
+        tag: As written.
+        before: The tag before it; None at the start of a sentence.
+        after: The tag after it; None at the end of a sentence.
+    """
+
+    line: int
+    word: str
+    tag: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
 class Corpus(Sentences):
     """All sentences of a source.
 
@@ -154,6 +177,8 @@ class Corpus(Sentences):
         scheme: Tag scheme that the source uses.
         sha256: Hash of the file's bytes, or of what was read of a dataset.
         marks_documents: Whether the source says where documents begin.
+        num_misfits: Number of tags that do not fit the scheme.
+        misfits: The first of them.
     """
 
     source: str
@@ -161,6 +186,8 @@ class Corpus(Sentences):
     scheme: str
     sha256: str
     marks_documents: bool
+    num_misfits: int = 0
+    misfits: tuple[Misfit, ...] = ()
 
     @property
     def num_documents(self) -> int:
@@ -196,8 +223,8 @@ class CorpusBuilder:
         self._tag_of: dict[str, int] = {}
         self._prefix_of: list[int] = []  # of each tag
         self._type_of: list[int] = []
-        self._num_exceptions: Counter[str] = Counter()  # by scheme
-        self._first_exception: dict[str, tuple[int, str, str]] = {}  # line, tag, word
+        self._num_misfits: Counter[str] = Counter()  # by scheme
+        self._misfits: dict[str, list[Misfit]] = {}  # the first of them
         self._has_e_or_s = False
         self._clear()
 
@@ -247,11 +274,9 @@ class CorpusBuilder:
 
         self._has_e_or_s |= bool(np.any(prefixes >= E))
         for name, exceptions in scheme_exceptions(prefixes, types, starts[:-1]).items():
-            self._num_exceptions[name] += len(exceptions)
-            if len(exceptions) and name not in self._first_exception:
-                word = int(exceptions[0])
-                tag = " ".join(self.tags[word].split())  # line breaks around its type are forgiven
-                self._first_exception[name] = int(lines[word]), tag, self.words[word]
+            self._num_misfits[name] += len(exceptions)
+            kept = self._misfits.setdefault(name, [])
+            kept += map(self._misfit, exceptions[: _KEPT_MISFITS - len(kept)].tolist())
         block = Sentences(
             words=self.words,
             prefixes=to_iob2(prefixes, types, starts[:-1]),
@@ -263,6 +288,17 @@ class CorpusBuilder:
         )
         self._clear()
         return block
+
+    def _misfit(self, word: int) -> Misfit:
+        sentence = bisect_right(self.starts, word)
+        begin, end = self.starts[sentence - 1 : sentence + 1]
+        # Line breaks around a type are forgiven.
+        before, tag, after = (
+            " ".join(self.tags[place].split()) if begin <= place < end else None
+            for place in (word - 1, word, word + 1)
+        )
+        assert tag is not None
+        return Misfit(self.lines[word], self.words[word], tag, before, after)
 
     def _learn(self, tag: str) -> None:
         """Reads a tag that is new."""
@@ -283,12 +319,13 @@ class CorpusBuilder:
         """
         if not self._tag_of:
             raise DataError("holds no sentence; is it the right file?", self.source)
-        scheme = likeliest_scheme(self._num_exceptions, self._has_e_or_s)
-        if scheme in self._first_exception:
-            line, tag, word = self._first_exception[scheme]
+        scheme = likeliest_scheme(self._num_misfits, self._has_e_or_s)
+        if self._num_misfits[scheme]:
+            first = self._misfits[scheme][0]
             self.warnings.append(
-                f"{self.source}:{line}: {self._num_exceptions[scheme]} tags do not fit {scheme}, "
-                f"the first is {tag:.40} on {word!r:.40}; read as conlleval does"
+                f"{self.source}:{first.line}: {self._num_misfits[scheme]} tags do not fit "
+                f"{scheme}, the first is {first.tag:.40} on {first.word!r:.40}; "
+                "read as conlleval does"
             )
             logger.warning("%s", self.warnings[-1])
         return scheme
@@ -312,6 +349,8 @@ class CorpusBuilder:
             scheme=scheme,
             sha256=sha256,
             marks_documents=self.marks_documents,
+            num_misfits=self._num_misfits[scheme],
+            misfits=tuple(self._misfits[scheme]),
         )
 
 
