@@ -80,6 +80,14 @@ def _train_parser() -> argparse.ArgumentParser:
         help="train nothing: check every checkpoint of the run in DIR, and do steps between two of "
         "them again to compare; settings are those of the run",
     )
+    parser.add_argument(
+        "--check_data",
+        nargs="?",
+        const="text",
+        choices=["text", "json"],
+        help="train nothing: look for what is wrong or odd in the data that the other flags name, "
+        "and print it, as text or as JSON",
+    )
     for item in dataclasses.fields(TrainConfig):
         names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
         kind = str(item.type).split(" ")[0]
@@ -120,6 +128,7 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> tuple[TrainCon
         UsageError: A value that makes no sense.
     """
     given = vars(_train_parser().parse_args(arguments))
+    given.pop("check_data", None)
     quickstart = given.pop("quickstart", False)
     recipe = given.pop("recipe", "quickstart" if quickstart else "card")
     config_file = given.pop("config", None)
@@ -152,6 +161,11 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
             run_verification(given["verify"])
             return
         config, recipe = parse_train_config(arguments)
+        if "check_data" in given:
+            from bertner.run import run_data_check
+
+            run_data_check(config, given["check_data"])
+            return
         from bertner.run import run_training
         from bertner.seeds import run_seeds
 

@@ -14,9 +14,10 @@ from bertner import kernels
 from bertner.batches import Schedule
 from bertner.checkpoint import list_checkpoints
 from bertner.config import BertConfig, Reading, TrainConfig
-from bertner.corpus import CorpusStream, CorpusSummary
+from bertner.corpus import Corpus, CorpusStream, CorpusSummary
 from bertner.data import PreparedData, TokenDataset, prepare
 from bertner.data_cache import prepare_file
+from bertner.data_check import check_datasets
 from bertner.errors import UsageError
 from bertner.files import read_json
 from bertner.hub import ModelSource, find_model
@@ -124,6 +125,19 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def read_corpora(config: TrainConfig) -> tuple[dict[str, Corpus], Tokenizer]:
+    """The words of all data, by split, and the model's tokenizer."""
+    data = _find_data(config)
+    source = find_model(config.model_name_or_path, config.model_revision, weights=False)
+    tokenizer = _load_tokenizer(source.folder)
+    corpora = {}
+    for split, found in data.items():
+        corpus = _open(found, config).read()
+        max_samples = _max_samples(config, split)
+        corpora[split] = corpus if max_samples is None else corpus.head(max_samples)
+    return corpora, tokenizer
+
+
 def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
     """The data by split, training data first: files that are there, or splits of a dataset."""
     data: dict[str, Path | CorpusStream] = {}
@@ -197,9 +211,7 @@ def _prepare_data(
     for split, source in data.items():
         settings: dict[str, Any] = {
             "reading": config.reading,
-            "max_samples": config.max_train_samples
-            if split == "train"
-            else config.max_eval_samples,
+            "max_samples": _max_samples(config, split),
         }
         # A pipe can be read only once, and so not be hashed first.
         if isinstance(source, Path) and source.is_file() and config.data_cache:
@@ -207,10 +219,17 @@ def _prepare_data(
                 source, tokenizer, label_set, name=split, columns=columns, **settings
             )
         else:
-            stream = open_file(source, **columns) if isinstance(source, Path) else source
-            prepared[split] = prepare(stream, tokenizer, label_set, **settings)
+            prepared[split] = prepare(_open(source, config), tokenizer, label_set, **settings)
         label_set = prepared["train"].dataset.label_set
     return prepared
+
+
+def _open(source: Path | CorpusStream, config: TrainConfig) -> CorpusStream:
+    return open_file(source, **columns_of(config)) if isinstance(source, Path) else source
+
+
+def _max_samples(config: TrainConfig, split: str) -> int | None:
+    return config.max_train_samples if split == "train" else config.max_eval_samples
 
 
 def announce(config: TrainConfig, parts: Parts) -> None:
@@ -235,6 +254,11 @@ def announce(config: TrainConfig, parts: Parts) -> None:
             f"{len(parts.datasets[split]):,}",
             corpus.source,
         )
+    findings = check_datasets(parts.corpora, parts.datasets, parts.tokenizer)
+    for finding in findings:
+        logger.warning("%s", finding.title)
+    if findings:
+        logger.warning("the same command with --check_data shows where, and more")
     logger.info(
         "%d steps on %s with %d threads, %s, rows %s, %s, into %s",
         parts.schedule(config).total_steps,

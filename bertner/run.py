@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import logging
 import shlex
 import shutil
@@ -25,17 +27,19 @@ from bertner.checkpoint import (
     write_state,
 )
 from bertner.config import TrainConfig
+from bertner.data_check import check_data
 from bertner.errors import BertnerError, CheckpointError, RunStoppedError
 from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import write_json, write_text
+from bertner.findings import format_check
 from bertner.html_report import write_report
 from bertner.loop import class_weights, train
 from bertner.outcome import assess_run, read_events, run_facts
 from bertner.output_dir import RECORD, REPORT, lock_output_dir, remove_run
-from bertner.parts import Parts, announce, build_parts, find_device
+from bertner.parts import Parts, announce, build_parts, find_device, read_corpora
 from bertner.progress import TrainResult, TrainState
 from bertner.record import run_record
-from bertner.report import RunReport, format_scores, say
+from bertner.report import RunReport, format_scores, progress_bar, say
 from bertner.resume import (
     Start,
     find_start,
@@ -439,3 +443,21 @@ def _all_results(result: TrainResult, evaluations: dict[str, Evaluation]) -> dic
             for kind, s in evaluation.word.per_type.items()
         }
     return results
+
+
+def run_data_check(config: TrainConfig, form: str) -> None:
+    """`bertner-train --check_data`: what is to be said of the data before anything is trained.
+
+    Args:
+        config: All settings; only those of data and tokens matter.
+        form: Of what is printed, "text" or "json".
+    """
+    corpora, tokenizer = read_corpora(config)
+    with progress_bar(len(corpora) + 2, " step", "check", not config.disable_tqdm) as bar:
+        check = check_data(corpora, tokenizer, config.reading, bar.update)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which need not know all words of the data
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if form == "json":
+        say(json.dumps(dataclasses.asdict(check), indent=2))
+    else:
+        say(format_check(check))

@@ -82,6 +82,11 @@ class Tokenizer:
         """Id of the token that fills rows up."""
         return self._id("pad_token")
 
+    @property
+    def unk_id(self) -> int:
+        """Id of the token that stands for what has no pieces."""
+        return self._id("unk_token")
+
     def _id(self, role: str) -> int:
         token_id: int | None = self.fast.token_to_id(self.special_tokens[role])
         assert token_id is not None, "checked when it was loaded"
