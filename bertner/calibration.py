@@ -34,6 +34,7 @@ FloatArray = NDArray[np.float64]
 
 _VERSION = 1
 _MAX_POINTS = 20_000  # of all curves, so that the file can be read again, whatever the types
+_FIX = "calibrate the model again, or remove the file"
 _LARGEST = 1e6  # slope or intercept in a file; far above any that is fitted
 
 # Probabilities closer to 0 or 1 count as this close.
@@ -169,10 +170,9 @@ class Calibration:
         Raises:
             ModelError: It is something else, or of another version.
         """
-        fix = "calibrate the model again, or remove the file"
         version = values.get("version")
         if type(version) is int and version != _VERSION:
-            raise ModelError(f"is of version {short(version)}, not {_VERSION}; {fix}", path)
+            raise ModelError(f"is of version {short(version)}, not {_VERSION}; {_FIX}", path)
         try:
             texts = [values[name] for name in ("source", "weights", "decoding", "word_decision")]
             types, slopes = values["types"], values["slopes"]
@@ -194,7 +194,7 @@ class Calibration:
             )
         except (KeyError, TypeError, ValueError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else visible(str(error))
-            raise ModelError(f"is no calibration, or damaged ({reason}); {fix}", path) from None
+            raise ModelError(f"is no calibration, or damaged ({reason}); {_FIX}", path) from None
 
     def save(self, folder: str | Path) -> None:
         """Writes `calibration.json` into a model's folder.
@@ -218,13 +218,13 @@ def load(folder: str | Path, weights: str | None = None) -> Calibration | None:
     path = Path(folder) / FILE
     if not lexists(path):
         return None
-    calibration = Calibration.from_dict(read_json(path), path)
+    try:
+        values = read_json(path)
+    except ModelError as error:
+        raise ModelError(f"{error}; {_FIX}") from None
+    calibration = Calibration.from_dict(values, path)
     if weights is not None and calibration.weights != weights:
-        raise ModelError(
-            "was fitted for other weights than the folder's; calibrate the model again, or remove "
-            "the file",
-            path,
-        )
+        raise ModelError(f"was fitted for other weights than these; {_FIX}", path)
     return calibration
 
 

@@ -9,7 +9,6 @@ matplotlib (the extra `report`) is imported when the first chart is drawn.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import re
@@ -75,8 +74,12 @@ class Marks:
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+    """Whether matplotlib is installed, and can be imported."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def line_chart(
@@ -104,7 +107,8 @@ def line_chart(
             marker = _MARKERS[k] if len(line.x) <= 12 else ""
             colour = _STAND_IN[f"series-{k}"]
             style: dict[str, Any] = {"color": colour, "linestyle": _DASHES[k], "linewidth": 1.8}
-            axes.plot(line.x, values, label=_label(line.label), marker=marker, **style)
+            style |= {"marker": marker, "clip_on": False}
+            axes.plot(line.x, values, label=_label(line.label), **style)
         axes.set_xlim(left=0)
         if highest > 1:
             axes.set_ylim(bottom=0)
@@ -115,7 +119,7 @@ def line_chart(
         axes.set_xlabel(x_label)
         axes.set_ylabel(f"{y_label} (1e{exponent})" if exponent else y_label)
         if len(lines) > 1:
-            _legend(axes, len(lines))
+            _legend(axes, 2 if len(lines) > 3 else len(lines))
         return _markup(figure, name, title, description)
 
 
@@ -152,7 +156,8 @@ def interval_chart(
             colour = _STAND_IN[f"series-{k}"]
             y = [row + offset for row in range(len(rows))]
             style: dict[str, Any] = {"color": colour, "linestyle": "none", "markersize": 6.5}
-            axes.plot(marks.values, y, label=_label(marks.label), marker=_MARKERS[k], **style)
+            style |= {"marker": _MARKERS[k], "clip_on": False}
+            axes.plot(marks.values, y, label=_label(marks.label), **style)
             ends += marks.values
             for row, interval in zip(y, marks.intervals, strict=False):
                 if interval is not None:
@@ -389,7 +394,9 @@ def _drawing(name: str, width: float, height: float) -> Iterator[Figure]:
         "ytick.color": _STAND_IN["rule"],
         "ytick.labelcolor": _STAND_IN["muted"],
     }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # whatever the user's own settings are
+        matplotlib.rcParams.update(settings)
         # The reader's fonts may have what ours, of which only widths are taken, has not.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")

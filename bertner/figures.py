@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bertner import charts
+from bertner.errors import visible
 
 # How a gold and a predicted entity can stand to each other, and what that means.
 KINDS = {
@@ -19,8 +20,8 @@ KINDS = {
     "type": "the words are right, the type is wrong",
     "boundary": "the type is right; the words overlap, but the entity begins or ends elsewhere",
     "boundary and type": "the words overlap only in part, and the type is wrong",
-    "missed": "a gold entity that was not predicted in any form",
-    "spurious": "a predicted entity where there is none in the gold data",
+    "missed": "a gold entity that overlaps no prediction, or only one that fits another better",
+    "spurious": "a prediction that overlaps no gold entity, or only one that another fits better",
 }
 
 LEVELS = {
@@ -127,6 +128,11 @@ def format_difference(value: float) -> str:
     return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
+def format_p(value: float) -> str:
+    """What a p-value is equal to, or below."""
+    return f"= {value:.4f}" if value >= 0.0001 else "< 0.0001"
+
+
 def format_count(value: float) -> str:
     """A whole number."""
     return f"{value:,.0f}"
@@ -200,7 +206,7 @@ def comparison_figure(name: str, comparison: Mapping[str, Any]) -> Figure:
                 kind,
                 format_difference(row["difference"]),
                 format_interval(row["interval"], format_difference),
-                f"{row['p_value']:.4f}",
+                format_p(row["p_value"]).removeprefix("= "),
             ]
             for kind, row in [(ALL, comparison), *per_type.items()]
         ],
@@ -220,7 +226,7 @@ def training_figures(events: Sequence[Mapping[str, Any]]) -> list[Figure]:
     curves = [
         ("Loss", "loss", {"training": (logs, "loss"), "validation": (evaluations, "eval_loss")}),
         (
-            "Scores on the validation data, at word level but for one",
+            "Scores on the validation data",
             "score",
             {
                 "F1": (evaluations, "eval_word_f1"),
@@ -337,7 +343,7 @@ def _by_training(name: str, scores: Mapping[str, Mapping[str, Any]]) -> Figure:
         ],
         is_prose=True,
     )
-    # Predicted entities are not split this way, so the sampling is that of a share of gold ones.
+    # The bootstrap is not of these.
     intervals = [
         charts.wilson_interval(scores[row]["recall"], scores[row]["num_gold"]) for row in rows
     ]
@@ -476,7 +482,8 @@ def _draw(
     """The chart, described by its table; None without matplotlib, or without anything to draw."""
     if not table.rows or not charts.can_draw():
         return None
-    description = f"{len(table.rows)} rows: {', '.join(table.header)}. The table has the numbers."
+    columns = visible(", ".join(table.header))
+    description = f"The numbers are in a table of {len(table.rows)} rows: {columns}."
     return chart(name, title, description, *numbers, **names)
 
 

@@ -25,6 +25,7 @@ from bertner.figures import (
     format_count,
     format_difference,
     format_interval,
+    format_p,
     format_share,
     level_table,
     level_type_table,
@@ -136,6 +137,7 @@ def _template() -> Template:
         difference=format_difference,
         interval=format_interval,
         markup=Markup,
+        p=format_p,
         share=format_share,
     )
     return environment.get_template("report.html")
@@ -163,7 +165,8 @@ def _types_of(evaluations: Mapping[str, tuple[Analysis, Sequence[Sentence]]]) ->
     """All types that occur, also those that only the other model knows."""
     types = {t for analysis, _ in evaluations.values() for t in analysis["confusion"]["types"]}
     for _, sentences in evaluations.values():
-        types.update(entity[2] for s in sentences for entity in s.get("other", ()))
+        for name in ("gold", "predicted", "other"):
+            types.update(entity[2] for s in sentences for entity in s.get(name, ()))
     return types
 
 
@@ -181,30 +184,29 @@ def _data(
     index = {name: k for k, name in enumerate(types)}
     splits, num_kept = [], []
     for k, (name, (_, sentences)) in enumerate(evaluations.items()):
-        lines = [_encode(number, s, index) for number, s in enumerate(sentences, 1)]
         # What a split does not take of its share is for those after it.
-        kept = _choose(lines, sentences, max_bytes // (len(evaluations) - k))
-        max_bytes -= sum(len(lines[n].encode()) for n in kept)
-        body = ",\n".join(lines[n] for n in kept)
-        splits.append(
-            f'{{"name":{_json(visible(name))},"total":{len(lines)},"sentences":[\n{body}]}}'
-        )
-        num_kept.append(len(kept))
+        lines = _choose(sentences, index, max_bytes // (len(evaluations) - k))
+        max_bytes -= sum(len(line.encode()) for line in lines)
+        head = f'"name":{_json(visible(name))},"total":{len(sentences)}'
+        body = ",\n".join(lines)
+        splits.append(f'{{{head},"sentences":[\n{body}]}}')
+        num_kept.append(len(lines))
     names = _json([visible(name) for name in types])
     data = f'{{"types":{names},"kinds":{_json(_KINDS)},"splits":[{",".join(splits)}]}}'
     return data, num_kept
 
 
-def _choose(lines: Sequence[str], sentences: Sequence[Sentence], max_bytes: int) -> list[int]:
-    """Indices of the sentences that there is room for, in order; those with errors go first."""
+def _choose(sentences: Sequence[Sentence], index: Mapping[str, int], max_bytes: int) -> list[str]:
+    """The sentences that there is room for, encoded, in order; those with errors go first."""
     has_error = [any(kind != "correct" for *_, kind in s["matches"]) for s in sentences]
-    kept = []
-    for n in sorted(range(len(lines)), key=lambda n: not has_error[n]):
-        max_bytes -= len(lines[n].encode())
+    kept = {}
+    for n in sorted(range(len(sentences)), key=lambda n: not has_error[n]):
+        line = _encode(n + 1, sentences[n], index)
+        max_bytes -= len(line.encode())
         if max_bytes < 0:
             break
-        kept.append(n)
-    return sorted(kept)
+        kept[n] = line
+    return [kept[n] for n in sorted(kept)]
 
 
 def _encode(number: int, sentence: Sentence, index: Mapping[str, int]) -> str:

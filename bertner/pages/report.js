@@ -200,12 +200,16 @@
   const bar = (side, k, entities, wrong) => {
     const index = entities.findIndex((found) => found[0] <= k && k < found[1]);
     if (index < 0) return make("i", { className: `bar ${side}`, ariaHidden: "true" });
-    const [start, end, type] = entities[index];
+    const [start, end, type] = entities[index], score = scoreOf(entities[index]);
     const classes = ["bar", side, "filled", `type-${type}`];
     if (k === start) classes.push("first");
     if (k === end - 1) classes.push("last");
     if (wrong.has(index)) classes.push("wrong");
-    return make("i", { className: classes.join(" "), ariaHidden: "true", data: k === start ? { label: data.types[type] } : {} });
+    return make("i", {
+      className: classes.join(" "), ariaHidden: "true",
+      title: `${side}: ${data.types[type]}` + (score === null ? "" : `, confidence ${score.toFixed(2)}`),
+      data: k === start ? { label: data.types[type] } : {},
+    });
   };
 
   // A line of text in which no entity is marked on one side needs no room for marks there.
