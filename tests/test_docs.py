@@ -21,8 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from transformers import TrainingArguments
 
 from bertner.cli import _train_parser, eval_main, predict_main
+from bertner.config import TrainConfig
+from bertner.errors import BertnerError
 from tests.conftest import REPOSITORY, needs_minilm, write_model_folder
 from tests.terminal import Terminal
 
@@ -201,9 +205,68 @@ def test_the_flags_that_are_named_exist(page: Path, capsys: pytest.CaptureFixtur
             main(["--help"])
         flags.update(re.findall(r"--\w+", capsys.readouterr().out))
     text = page.read_text(encoding="utf-8")
+    if page.name == "from-the-trainer.md":  # begins with the flags of another program
+        text = text.replace(next(blocks_of(page)).text, "")
     named = re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
     unknown = {flag.replace("-", "_").replace("__", "--", 1) for flag in named} - flags
     assert not unknown - _OTHERS
+
+
+def test_the_map_of_the_house_is_complete() -> None:
+    readme = PAGES[0].read_text(encoding="utf-8")
+    for path in (REPOSITORY / "bertner").glob("*.py"):
+        assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", readme), path.name
+
+
+def test_every_exit_code_is_explained_and_provoked() -> None:
+    codes = {"0", "130"}
+    kinds: list[type[BertnerError]] = [BertnerError]
+    while kinds:
+        kinds += kinds.pop().__subclasses__()
+        codes |= {str(kind.exit_code) for kind in kinds}
+    page = REPOSITORY / "docs" / "exit-codes.md"
+    for path in (PAGES[0], page):
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"^\| \[?(\d+)(?:\]\(#\d+\))? \|", text, re.MULTILINE)) == codes
+    consoles = [block.text for block in blocks_of(page) if block.language == "console"]
+    provoked = re.findall(r"^\$ echo \$\?\n(\d+)\n", "\n".join(consoles), flags=re.MULTILINE)
+    assert set(provoked) == codes - {"130"}
+
+
+# The arguments of run_ner.py, which is no part of the package.
+_RUN_NER = set(
+    "model_name_or_path config_name tokenizer_name cache_dir model_revision token "
+    "trust_remote_code ignore_mismatched_sizes task_name dataset_name dataset_config_name "
+    "train_file validation_file test_file text_column_name label_column_name overwrite_cache "
+    "preprocessing_num_workers max_seq_length pad_to_max_length max_train_samples "
+    "max_eval_samples max_predict_samples label_all_tokens return_entity_level_metrics".split()
+)
+
+
+def table_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, but for its own."""
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_every_flag_of_the_trainer_has_its_place() -> None:
+    page = (REPOSITORY / "docs" / "from-the-trainer.md").read_text(encoding="utf-8")
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    ours = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    same = {row[0].strip("`"): row[1:] for row in table_of(page, "The same")}
+    for name, defaults in same.items():
+        their_default = f"`{theirs[name]}`" if name in theirs else defaults[0]
+        assert defaults == [their_default, f"`{ours[name]}`"], name
+    different = [row[0].strip("`") for row in table_of(page, "Different")]
+    absent = re.findall(r"\w+", " ".join(row[0] for row in table_of(page, "Not there, and why")))
+    assert not set(absent) & ours.keys()
+    named = [*same, *different, *absent]
+    assert len(set(named)) == len(named)
+    release = ".".join(transformers.__version__.split(".")[:2])
+    if f"transformers {release} " not in page:
+        pytest.skip(f"the page is of another release than {release}")
+    assert set(named) == theirs.keys() | _RUN_NER
 
 
 def test_the_proofs_of_parity_are_there() -> None:
