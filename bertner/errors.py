@@ -21,7 +21,7 @@ class BertnerError(Exception):
     """Base of all errors that a command reports without a traceback.
 
     Attributes:
-        exit_code: What the process ends with (see the README's table).
+        exit_code: What the process ends with (see docs/exit-codes.md).
     """
 
     exit_code = 1
