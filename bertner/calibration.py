@@ -205,15 +205,11 @@ class Calibration:
         write_json(Path(folder) / FILE, self.to_dict())
 
 
-def load(folder: str | Path, weights: str | None = None) -> Calibration | None:
+def load(folder: str | Path) -> Calibration | None:
     """Reads the calibration of a model's folder; None if it has none.
 
-    Args:
-        folder: The model's folder.
-        weights: `fingerprint` of the model; None for any.
-
     Raises:
-        ModelError: The file is damaged, or belongs to other weights.
+        ModelError: The file is damaged.
     """
     path = Path(folder) / FILE
     if not lexists(path):
@@ -222,10 +218,7 @@ def load(folder: str | Path, weights: str | None = None) -> Calibration | None:
         values = read_json(path)
     except ModelError as error:
         raise ModelError(f"{error}; {_FIX}") from None
-    calibration = Calibration.from_dict(values, path)
-    if weights is not None and calibration.weights != weights:
-        raise ModelError(f"was fitted for other weights than these; {_FIX}", path)
-    return calibration
+    return Calibration.from_dict(values, path)
 
 
 def fingerprint(weight: ArrayLike, bias: ArrayLike) -> str:

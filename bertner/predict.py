@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -13,7 +14,7 @@ import torch
 
 from bertner import kernels
 from bertner.batches import packed_by_length
-from bertner.calibration import Calibration, entity_evidence, fingerprint, load
+from bertner.calibration import FILE, Calibration, entity_evidence, fingerprint, load
 from bertner.config import EVAL_TOKENS, Reading
 from bertner.corpus import Corpus, split_words
 from bertner.data import TokenDataset, tokenize
@@ -23,6 +24,8 @@ from bertner.hub import find_model
 from bertner.labels import IntArray
 from bertner.model import BertForNER, autocast
 from bertner.tokenizer import Tokenizer
+
+logger = logging.getLogger("bertner")
 
 # Texts are read this many words at a time, about: enough to sort rows by length, and memory does
 # not grow with the input.
@@ -283,13 +286,30 @@ def _in_words(entity: Entity, text: Text) -> Entity:
 
 
 def find_calibration(folder: Path, model: BertForNER, reading: Reading) -> Calibration | None:
-    """The calibration of a model's folder, if words are decided as those were that it is of.
+    """The calibration of a model's folder, if it is one of these weights and this way to decide.
+
+    Otherwise scores are as the model has them, and the log says so.
 
     Raises:
-        ModelError: It is damaged, or of other weights.
+        ModelError: It is damaged.
     """
-    calibration = load(folder, fingerprint_of(model))
-    return calibration if calibration is not None and calibration.is_for(reading) else None
+    calibration = load(folder)
+    if calibration is None:
+        return None
+    reason = ""
+    if calibration.weights != fingerprint_of(model):
+        reason = "was fitted for other weights"
+    elif not calibration.is_for(reading):
+        reason = f"was fitted for words that are decided by {calibration.decoding} and "
+        reason += f"{calibration.word_decision} wordpieces"
+    if reason:
+        logger.warning(
+            "%s %s, so scores are not calibrated; bertner-eval --calibrate does it again",
+            folder / FILE,
+            reason,
+        )
+        return None
+    return calibration
 
 
 def fingerprint_of(model: BertForNER) -> str:

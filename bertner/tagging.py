@@ -11,14 +11,19 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import torch
+
 from bertner import kernels
 from bertner.errors import UsageError
 from bertner.files import replace_file
+from bertner.hub import find_model
+from bertner.model import BertForNER
 from bertner.parts import find_device, reading_of
-from bertner.predict import Tagger, Text, gather
+from bertner.predict import Tagger, Text, find_calibration, gather
 from bertner.report import progress_bar
 from bertner.tag_output import Writer
 from bertner.text_input import STANDARD_INPUT, Item, read_items
+from bertner.tokenizer import Tokenizer
 
 logger = logging.getLogger("bertner")
 
@@ -32,14 +37,7 @@ def run_prediction(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     products = kernels.choose_products(options.matmul, device, options.dtype)
     logger.info("matrix products: %s", products)
-    tagger = Tagger.from_pretrained(
-        options.model,
-        device=str(device),
-        batch_tokens=options.batch_tokens,
-        dtype=options.dtype,
-        matmul=options.matmul,
-    )
-    tagger = _as_asked(tagger, options)
+    tagger = _load_tagger(options, device)
     files = options.files or [STANDARD_INPUT]
     writer = Writer(
         options.output_format,
@@ -63,24 +61,22 @@ def run_prediction(options: argparse.Namespace) -> None:
                 _print(pieces)
 
 
-def _as_asked(tagger: Tagger, options: argparse.Namespace) -> Tagger:
-    """The tagger, reading and choosing entities as the flags say."""
-    reading = reading_of(options, tagger.model.config)
-    folder_calibration = tagger.calibration
-    if folder_calibration is not None and not folder_calibration.is_for(reading):
-        folder_calibration = None
-        logger.warning("scores are not calibrated for this way to decide words")
+def _load_tagger(options: argparse.Namespace, device: torch.device) -> Tagger:
+    """The model, reading and choosing entities as the flags say."""
+    source = find_model(options.model)
+    model = BertForNER.from_pretrained(source.folder).to(device)
+    reading = reading_of(options, model.config)
+    calibration = find_calibration(source.folder, model, reading)
     thresholds: dict[str, float] = {}
-    types = tagger.label_set.types
     for wanted, values in (("precision", options.precision), ("recall", options.recall)):
         for name, value in values:
-            if folder_calibration is None:
+            if calibration is None:
                 raise UsageError(
                     f"{wanted} needs a calibration in the model's folder; make one with "
                     "bertner-eval --calibrate --file ANNOTATED"
                 )
-            for kind in [name] if name else types:
-                point = folder_calibration.threshold_for(kind, **{wanted: value})
+            for kind in [name] if name else model.label_set.types:
+                point = calibration.threshold_for(kind, **{wanted: value})
                 thresholds[kind] = point.threshold
                 logger.info(
                     "%s: threshold %.3f, precision %.3f and recall %.3f on %s",
@@ -88,19 +84,18 @@ def _as_asked(tagger: Tagger, options: argparse.Namespace) -> Tagger:
                     point.threshold,
                     point.score.precision,
                     point.score.recall,
-                    folder_calibration.source,
+                    calibration.source,
                 )
-    thresholds.update(options.threshold)
     return Tagger(
-        tagger.model,
-        tagger.tokenizer,
-        tagger.batch_tokens,
-        dtype=tagger.dtype,
-        matmul=tagger.matmul,
+        model,
+        Tokenizer.from_pretrained(source.folder, model.config),
+        options.batch_tokens,
+        dtype=options.dtype,
+        matmul=options.matmul,
         reading=reading,
-        calibration=folder_calibration,
+        calibration=calibration,
         labels=options.labels,
-        threshold=thresholds,
+        threshold={**thresholds, **dict(options.threshold)},
     )
 
 

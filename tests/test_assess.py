@@ -211,6 +211,9 @@ def test_confidence_is_calibrated_and_kept(
     make_model(model_folder, seed=3).joinpath("model.safetensors").rename(
         model / "model.safetensors"
     )
+    assert eval_main(command) == 0
+    assert "was fitted for other weights, so scores are not calibrated" in capsys.readouterr().err
+    (model / "calibration.json").write_text("{")
     assert eval_main(command) == 65
     assert "calibrate the model again, or remove the file" in capsys.readouterr().err
     assert eval_main([*command, "--calibrate"]) == 0
