@@ -88,8 +88,9 @@ def run_evaluation(options: argparse.Namespace) -> None:
     if options.report:
         write_report(
             Path(options.report),
-            title=f"{values['model']} on {corpus.source}",
-            evaluations={"data": (values, list(analysis.sentences(other)))},
+            title=f"{Path(values['model']).name} on {Path(corpus.source).name}",
+            evaluations={Path(corpus.source).name: (values, list(analysis.sentences(other)))},
+            facts=[("model", values["model"]), ("data", corpus.source)],
             comparison=comparison,
         )
     if options.output_file:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import select
+import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short  # what a message shows of a value from a file
-from typing import Any
+from typing import Any, cast
 
-from bertner.errors import DataError
+from bertner.errors import DataError, UsageError
 from bertner.predict import Text
 from bertner.readers import (
     begins_document,
@@ -25,7 +24,7 @@ FORMATS = ("auto", "lines", "document", "jsonl", "conll")
 
 STANDARD_INPUT = "-"
 
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 16  # as much as a pipe holds
 
 
 @dataclass(frozen=True)
@@ -79,35 +78,36 @@ def read_items(path: str, format: str, text_column: str = "tokens") -> Iterator[
 
 
 def _standard_input() -> Iterator[str | None]:
-    """Lines as they arrive; None where the next one is not there yet."""
-    descriptor = sys.stdin.fileno()
-
-    def arriving() -> Iterator[bytes | None]:
-        rest = b""
-        while chunk := os.read(descriptor, _READ_BYTES):
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from (line + b"\n" for line in lines)
-            if lines and not select.select([descriptor], [], [], 0)[0]:
-                yield None
-        if rest:
-            yield rest
-
-    number = 0
-    for line in arriving():
-        if line is None:
-            yield None
-        else:
-            number += 1
-            yield from decode_lines([line], "standard input", number)
+    """Lines as they arrive; None where the next one may not be there yet."""
+    if sys.stdin is None:
+        raise UsageError("there is no standard input; name a FILE")
+    # Bytes, since what the locale says of text need not be what comes in.
+    stream = cast(io.BufferedReader, sys.stdin.buffer)
+    begun: list[bytes] = []  # parts of a line whose end is still to come
+    number = 1
+    while chunk := stream.read1(_READ_BYTES):
+        first, *others = chunk.split(b"\n")
+        begun.append(first)
+        if others:
+            lines = [b"".join(begun), *others[:-1]]
+            begun = [others[-1]]
+            yield from decode_lines(lines, "standard input", number)
+            number += len(lines)
+        yield None
+    if rest := b"".join(begun):
+        yield from decode_lines([rest], "standard input", number)
 
 
 def _json_items(
     lines: Iterable[str | None], source: str, text_column: str
 ) -> Iterator[Item | None]:
-    for number, line in enumerate((line for line in lines), 1):
-        if line is None or not line.strip():
-            if line is None:
-                yield None
+    number = 0
+    for line in lines:
+        if line is None:
+            yield None
+            continue
+        number += 1
+        if not line.strip():
             continue
         record = parse_record(line, source, number)
         text, words = record.get("text"), record.get(text_column)
