@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from bertner import files, parts, run
+from bertner.calibration import load
 from bertner.cli import eval_main, parse_train_config, predict_main, train_main
 from bertner.config import TrainConfig
 from bertner.errors import UsageError
@@ -46,14 +47,14 @@ def arguments(model_folder: Path, tmp_path: Path) -> list[str]:
         *[f"--train_file={tmp_path}/train.txt", f"--validation-file={tmp_path}/validation.txt"],
         *["--test_file", f"{tmp_path}/test.txt", "--num_train_epochs", "12"],
         *["--learning_rate", "5e-3", "--logging_steps", "2", "--disable_tqdm"],
-        *["--save_total_limit", "2"],
+        *["--save_total_limit", "2", "--no_report"],
     ]
 
 
 def test_a_run_from_file_to_model(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train_main(arguments) == 0
+    assert train_main([*arguments, "--report"]) == 0
     output, errors = capsys.readouterr()
     out = tmp_path / "out"
     checkpoints = ["checkpoint-33", "checkpoint-36"]
@@ -91,8 +92,18 @@ def test_a_run_from_file_to_model(
     last = [event for event in events if event["event"] == "eval"][-1]
     assert last["eval_f1"] == results["eval_f1"]
 
+    # The report: of both splits, with the run's curves; and confidence that the folder keeps.
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for expected in ("validation", "test", "rate", "United", "Confidence"):
+        assert expected in page, expected
+    assert "Report, to open in a browser" in output
+    assert load(out) is not None
+    assert "calibrated on the validation data" in (out / "README.md").read_text()
+
     record = json.loads((out / "run.json").read_text())
-    assert TrainConfig.from_dict(record["config"]) == parse_train_config(arguments)[0]
+    assert (
+        TrainConfig.from_dict(record["config"]) == parse_train_config([*arguments, "--report"])[0]
+    )
     assert record["model"]["commit"] is None
     assert record["data"]["train"]["sentences"] == 24
     assert len(record["data"]["test"]["sha256"]) == 64
@@ -106,6 +117,36 @@ def test_a_run_from_file_to_model(
     config = json.loads((out / "config.json").read_text())
     assert list(config["id2label"].values()) == LABELS
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 128
+
+
+def test_what_stands_in_the_way_of_a_report_is_said_and_no_reason_to_fail(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = run.evaluate
+
+    def changed(*args: Any, **options: Any) -> Any:
+        write_conll(tmp_path / "test.txt", 3)  # while the model is trained
+        return before(*args, **options)
+
+    monkeypatch.setattr(run, "evaluate", changed)
+    assert train_main([*arguments, "--report", "--max_steps", "3"]) == 0
+    assert "test.txt has changed meanwhile: it is not in the report" in capsys.readouterr().err
+    assert "validation" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "validation.txt").unlink()
+    again = ["--report", "--max_steps", "3", "--overwrite_output_dir", "--eval_strategy", "no"]
+    write_conll(tmp_path / "validation.txt", 24, seed=1)
+
+    def removed(*args: Any, **options: Any) -> Any:
+        (tmp_path / "validation.txt").unlink(missing_ok=True)
+        return before(*args, **options)
+
+    monkeypatch.setattr(run, "evaluate", removed)
+    assert train_main([*arguments, *again]) == 0
+    assert "validation.txt cannot be read again" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "calibration.json").exists()
 
 
 def test_transformers_uses_the_folder(
