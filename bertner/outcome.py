@@ -49,7 +49,9 @@ def assess_run(
     Returns:
         By split: the analysis and its sentences, as `html_report.write_report` takes them.
     """
-    inventory = _inventory(config, parts.corpora["train"])
+    # Only the report shows what takes long to find out.
+    inventory = _inventory(config, parts.corpora["train"]) if config.report else None
+    sampling = {} if config.report else {"samples": 0}
     calibration = None
     pages = {}
     for split, evaluation in evaluations.items():  # the validation data first
@@ -65,7 +67,11 @@ def assess_run(
             analysis, evaluation, calibration, is_fitted_on=split == "validation"
         )
         pages[split] = (
-            {"model": str(folder), **full_analysis(analysis, evaluation, inventory), **values},
+            {
+                "model": str(folder),
+                **full_analysis(analysis, evaluation, inventory, **sampling),
+                **values,
+            },
             list(analysis.sentences()),
         )
     return pages
