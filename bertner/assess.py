@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import itertools
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,8 @@ def run_evaluation(options: argparse.Namespace) -> None:
     if other is not None:
         comparison = compare_analyses(analysis, other, **sampling)
         comparison = {"other": options.compare, **comparison}
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which need not know all words of the data
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(_format(analysis, values, evaluation))
     if other is not None and comparison is not None:
         print(f"\n{_format_comparison(comparison)}")
