@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import cast, overload
@@ -196,7 +196,10 @@ class Tagger:
         all_words = cast("Sequence[Sequence[str]]", [sentences] if is_one else sentences)
         texts = [Text.of_words(words) for words in all_words]
         results = [
-            [_in_words(entity, text) for entity in entities]
+            [
+                replace(entity, start=first, end=last)
+                for entity, (first, last) in zip(entities, word_ranges(entities, text), strict=True)
+            ]
             for text, entities in zip(texts, self._stream(texts), strict=True)
         ]
         return results[0] if is_one else results
@@ -274,15 +277,12 @@ def gather(texts: Iterable[Text | None]) -> Iterator[list[Text]]:
         yield part
 
 
-def word_range(entity: Entity, text: Text) -> tuple[int, int]:
-    """(first, after the last) word of an entity of a text."""
-    starts = [start for start, _ in text.words]
-    first = int(np.searchsorted(starts, entity.start))
-    return first, int(np.searchsorted(starts, entity.end))
-
-
-def _in_words(entity: Entity, text: Text) -> Entity:
-    return Entity(*word_range(entity, text), entity.label, entity.text, entity.score)
+def word_ranges(entities: Sequence[Entity], text: Text) -> list[tuple[int, int]]:
+    """(first, after the last) word of each entity of a text."""
+    starts = np.array([start for start, _ in text.words], dtype=np.int64)
+    first = np.searchsorted(starts, [entity.start for entity in entities])
+    last = np.searchsorted(starts, [entity.end for entity in entities])
+    return list(zip(first.tolist(), last.tolist(), strict=True))
 
 
 def find_calibration(folder: Path, model: BertForNER, reading: Reading) -> Calibration | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 
 from bertner.errors import visible
-from bertner.predict import Entity, word_range
+from bertner.predict import Entity, word_ranges
 from bertner.predictions import column_of
 from bertner.text_input import Item
 
@@ -96,8 +96,7 @@ class Writer:
         text = item.text
         rows = item.rows or [[column_of(text.text[start:end])] for start, end in text.words]
         tags = ["O"] * len(rows)
-        for entity in entities:
-            first, last = word_range(entity, text)
+        for entity, (first, last) in zip(entities, word_ranges(entities, text), strict=True):
             tags[first:last] = [f"I-{entity.label}"] * (last - first)
             tags[first] = f"B-{entity.label}"
         separator = (
