@@ -155,6 +155,27 @@ def take_inventory(blocks: Iterable[Sentences], type_names: Sequence[str]) -> In
     return inventory
 
 
+def familiarity(
+    sentences: Sentences, spans: Spans, type_names: Sequence[str], inventory: Inventory
+) -> IntArray:
+    """(num_spans,) index into `FAMILIARITY` of each entity.
+
+    Args:
+        sentences: That the entities are in.
+        spans: The entities.
+        type_names: Of their types.
+        inventory: What the training data hold.
+    """
+    known = (inventory.get(words, ()) for words in _texts(sentences, spans))
+    return np.array(
+        [
+            0 if type_names[kind] in types else 1 if types else 2
+            for types, kind in zip(known, spans.type, strict=True)
+        ],
+        dtype=np.int64,
+    )
+
+
 def _texts(sentences: Sentences, spans: Spans) -> list[tuple[str, ...]]:
     return [
         tuple(sentences.words[start:end])
@@ -195,10 +216,9 @@ class Analysis:
         """Scores by seqeval's strict rule: only what is written as its scheme has it counts."""
         corpus, starts = self.corpus, self.corpus.starts[:-1]
         prediction = self.prediction
-        kinds = _renumbered(corpus.types, corpus.type_names, self.type_names)
         return self._scores(
             strict_spans(prediction.prefixes, prediction.types, starts, prediction.scheme),
-            strict_spans(corpus.raw_prefixes, kinds, starts, corpus.scheme),
+            strict_spans(corpus.raw_prefixes, self._true_types, starts, corpus.scheme),
         )
 
     def _scores(self, found: Spans, true: Spans) -> EntityScores:
@@ -262,18 +282,11 @@ class Analysis:
 
     def by_training(self, inventory: Inventory) -> dict[str, Score]:
         """Scores of entities that the training data have, have with another type, or have not."""
-
-        def familiarity(spans: Spans) -> IntArray:
-            texts = zip(_texts(self.corpus, spans), spans.type, strict=True)
-            return np.array(
-                [
-                    0 if self.type_names[kind] in known else 1 if known else 2
-                    for known, kind in ((inventory.get(words, ()), kind) for words, kind in texts)
-                ],
-                dtype=np.int64,
-            )
-
-        parts = self._split(familiarity(self.found), familiarity(self.true), len(FAMILIARITY))
+        found, true = (
+            familiarity(self.corpus, spans, self.type_names, inventory)
+            for spans in (self.found, self.true)
+        )
+        parts = self._split(found, true, len(FAMILIARITY))
         return dict(zip(FAMILIARITY, parts, strict=True))
 
     def _split(self, of_found: IntArray, of_true: IntArray, size: int) -> list[Score]:
@@ -414,7 +427,6 @@ class Analysis:
                     levels["word"]["per_type"][name]["intervals"] = _bounds(intervals, k)
             levels["word"]["overall"]["intervals"] = _bounds(intervals, len(names))
         errors = self.errors()
-        by_kind = {k: dict(zip(KINDS, row.tolist(), strict=True)) for k, row in enumerate(errors)}
         return {
             "source": self.corpus.source,
             "num_documents": self.corpus.num_documents,
@@ -425,7 +437,10 @@ class Analysis:
             "muc": self.muc(),
             "errors": {
                 "counts": dict(zip(KINDS, errors.sum(0).tolist(), strict=True)),
-                "per_type": {name: by_kind[k] for k, name in enumerate(names)},
+                "per_type": {
+                    name: dict(zip(KINDS, row.tolist(), strict=True))
+                    for name, row in zip(names, errors, strict=True)
+                },
             },
             "confusion": {"types": list(names), "counts": self.confusion().tolist()},
             "by_training": None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import itertools
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from bertner.parts import columns_of, find_device, reading_of
 from bertner.predict import find_calibration
 from bertner.predictions import read_conlleval, read_predictions, write_conlleval
 from bertner.readers import open_file, read_file
-from bertner.report import format_scores, format_table, progress_bar
+from bertner.report import escape_unknown, format_scores, format_table, progress_bar
 from bertner.tokenizer import Tokenizer
 
 logger = logging.getLogger("bertner")
@@ -81,8 +79,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
     if other is not None:
         comparison = compare_analyses(analysis, other, **sampling)
         comparison = {"other": options.compare, **comparison}
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which need not know all words of the data
-        sys.stdout.reconfigure(errors="backslashreplace")
+    escape_unknown()
     print(_format(analysis, values, evaluation))
     if other is not None and comparison is not None:
         print(f"\n{_format_comparison(comparison)}")

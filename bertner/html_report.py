@@ -95,7 +95,7 @@ def write_report(
         }
         for k, (name, (analysis, _)) in enumerate(evaluations.items(), 1)
     ]
-    style, script = _style(len(types)), _page("report.js")
+    style, script = style_sheet("report.css", len(types)), _page("report.js")
     text = _template().render(
         title=title,
         facts=facts,
@@ -143,10 +143,10 @@ def _template() -> Template:
     return environment.get_template("report.html")
 
 
-def _style(num_types: int) -> str:
-    """The style sheet, with a hue for each type: neighbours in the list are far apart."""
+def style_sheet(name: str, num_types: int) -> str:
+    """A style sheet of ours, with a hue for each type: neighbours in the list are far apart."""
     hues = [f".type-{k} {{ --hue: {(k * 137.508 + 210) % 360:.1f}; }}\n" for k in range(num_types)]
-    return _page("report.css") + "".join(hues)
+    return _page(name) + "".join(hues)
 
 
 def _policy(style: str, script: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -254,6 +255,12 @@ def progress_bar(
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 30.0,
     )
+
+
+def escape_unknown() -> None:
+    """From now on, characters that the output's encoding lacks are printed as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

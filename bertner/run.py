@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import logging
 import shlex
@@ -39,7 +38,7 @@ from bertner.output_dir import RECORD, REPORT, lock_output_dir, remove_run
 from bertner.parts import Parts, announce, build_parts, find_device, read_corpora
 from bertner.progress import TrainResult, TrainState
 from bertner.record import run_record
-from bertner.report import RunReport, format_scores, progress_bar, say
+from bertner.report import RunReport, escape_unknown, format_scores, progress_bar, say
 from bertner.resume import (
     Start,
     find_start,
@@ -353,9 +352,8 @@ class _Run:
             versions=self.record["versions"],
             device=self.record["device"],
             resumes=self.record["resumes"],
+            reliability=self.write_report(evaluations),
         )
-        reliability = self.write_report(evaluations)
-        facts = dataclasses.replace(facts, reliability=reliability)
         write_text(self.output_dir / "README.md", model_card(facts))
         finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json(self.output_dir / RECORD, {**self.record, "finished": finished})
@@ -455,8 +453,7 @@ def run_data_check(config: TrainConfig, form: str) -> None:
     corpora, tokenizer = read_corpora(config)
     with progress_bar(len(corpora) + 2, " step", "check", not config.disable_tqdm) as bar:
         check = check_data(corpora, tokenizer, config.reading, bar.update)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which need not know all words of the data
-        sys.stdout.reconfigure(errors="backslashreplace")
+    escape_unknown()
     if form == "json":
         say(json.dumps(dataclasses.asdict(check), indent=2))
     else:

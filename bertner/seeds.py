@@ -30,7 +30,7 @@ from bertner.output_dir import (
     seed_folder,
 )
 from bertner.parts import Parts, announce
-from bertner.report import say
+from bertner.report import format_table, say
 from bertner.resume import Start, load_weights
 from bertner.run import open_run, same_command, say_what_next, train_run
 from bertner.stopping import StopSignals
@@ -202,17 +202,7 @@ def _rows(summary: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]
 
 def _format(summary: Mapping[str, Any], columns: Sequence[str]) -> str:
     """The table of the terminal."""
-    table = [["seed", *columns], *_rows(summary, columns)]
-    width = max(len(row[0]) for row in table)
-    return "\n".join(
-        "  ".join(
-            [
-                row[0].ljust(width),
-                *(cell.rjust(len(c)) for cell, c in zip(row[1:], columns, strict=True)),
-            ]
-        )
-        for row in table
-    )
+    return format_table(["seed", *columns], _rows(summary, columns))
 
 
 def _section(summary: Mapping[str, Any], columns: Sequence[str]) -> str:

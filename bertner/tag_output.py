@@ -7,26 +7,22 @@ import html
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 
 from bertner.errors import visible
+from bertner.html_report import style_sheet
 from bertner.predict import Entity, word_ranges
 from bertner.predictions import column_of
 from bertner.text_input import Item
 
-FORMATS = ("jsonl", "conll", "text", "html")
-
 # Of the 256 colours of terminals those that read well on black and on white.
 _COLOURS = (33, 166, 35, 162, 37, 136)
-# As in the report: hues far apart for neighbours.
-_HUE_STEP, _FIRST_HUE = 137.508, 210
 
 
 class Writer:
     """Turns tagged texts into output, piece by piece.
 
     Args:
-        format: One of `FORMATS`.
+        format: "jsonl", "conll", "text" or "html".
         types: Entity types of the model.
         title: Of an HTML page.
         colour: Whether "text" may be coloured.
@@ -46,19 +42,14 @@ class Writer:
         """What comes before all texts."""
         if self.format != "html":
             return ""
-        folder = files("bertner") / "pages"
-        style = (folder / "predictions.css").read_text(encoding="utf-8")
-        hues = "".join(
-            f".type-{number} {{ --hue: {(number * _HUE_STEP + _FIRST_HUE) % 360:.1f}; }}\n"
-            for number in self._number_of.values()
-        )
+        style = style_sheet("predictions.css", len(self._number_of))
         title = html.escape(self.title)
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta http-equiv="Content-Security-Policy" '
             "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-            f"<title>{title}</title>\n<style>\n{style}{hues}</style>\n</head>\n<body>\n<main>\n"
+            f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
             f"<h1>{title}</h1>\n"
         )
 

@@ -20,8 +20,6 @@ from bertner.readers import (
     read_lines,
 )
 
-FORMATS = ("auto", "lines", "document", "jsonl", "conll")
-
 STANDARD_INPUT = "-"
 
 _READ_BYTES = 1 << 16  # as much as a pipe holds
@@ -49,8 +47,8 @@ def read_items(path: str, format: str, text_column: str = "tokens") -> Iterator[
 
     Args:
         path: The file, or "-" for standard input.
-        format: One of `FORMATS`. "auto" goes by the ending: `.json` and `.jsonl` are JSON lines,
-            `.conll` is CoNLL columns, and all else is lines.
+        format: "lines", "document", "jsonl" or "conll". "auto" goes by the ending: `.json` and
+            `.jsonl` are JSON lines, `.conll` is CoNLL columns, and all else is lines.
         text_column: Key of the words in JSON lines.
 
     Yields:
@@ -98,15 +96,21 @@ def _standard_input() -> Iterator[str | None]:
         yield from decode_lines([rest], "standard input", number)
 
 
+def _numbered(lines: Iterable[str | None]) -> Iterator[tuple[int, str | None]]:
+    """Each line with its number, from 1; a None between them has that of the line before."""
+    number = 0
+    for line in lines:
+        number += line is not None
+        yield number, line
+
+
 def _json_items(
     lines: Iterable[str | None], source: str, text_column: str
 ) -> Iterator[Item | None]:
-    number = 0
-    for line in lines:
+    for number, line in _numbered(lines):
         if line is None:
             yield None
             continue
-        number += 1
         if not line.strip():
             continue
         record = parse_record(line, source, number)
@@ -137,12 +141,10 @@ def _conll_items(lines: Iterable[str | None], source: str) -> Iterator[Item | No
         text = Text.of_words(words, (source, document) if document else None)
         return Item(text, rows=list(rows), heading=list(heading))
 
-    number = 0
-    for line in lines:
+    for number, line in _numbered(lines):
         if line is None:
             yield None
             continue
-        number += 1
         row = line.rstrip(" \t\r")
         if "\r" in row:
             raise DataError(
