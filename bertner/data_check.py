@@ -15,6 +15,7 @@ from itertools import combinations, islice
 
 import numpy as np
 
+from bertner.analysis import FAMILIARITY, familiarity, take_inventory
 from bertner.config import Reading
 from bertner.corpus import Corpus, CorpusSummary
 from bertner.data import CARD_READING, NumberArray, TokenDataset, begins_word, sum_parts
@@ -25,7 +26,6 @@ from bertner.repeats import (
     Numbered,
     Repeats,
     Uses,
-    count_by_training,
     count_shared,
     find_repeats,
     find_uses,
@@ -84,9 +84,14 @@ def check_data(
     uses = find_uses([split.numbered for split in splits])
     on_step()
     train, *_ = splits
+    inventory = take_inventory(train.corpus.blocks(), train.corpus.type_names)
     facts = {}
     for split in splits:
-        by_training = None if split is train else count_by_training(train.numbered, split.numbered)
+        by_training = None
+        if split is not train:
+            of_each = familiarity(split.corpus, split.numbered.spans, kinds, inventory)
+            counts = np.bincount(of_each, minlength=len(FAMILIARITY)).tolist()
+            by_training = dict(zip(FAMILIARITY, counts, strict=True))
         facts[split.name] = split.facts(by_training)
     findings = [
         *_about_types({name: each.entity_counts for name, each in facts.items()}, locate),

@@ -78,7 +78,8 @@ class SplitFacts:
         num_with_entities: Sentences that have an entity.
         num_words: Words.
         entity_counts: Number of entities of each type.
-        by_training: Of `repeats.count_by_training`; None for the training data themselves.
+        by_training: Entities by what the training data have of them (`analysis.FAMILIARITY`); None
+            for the training data themselves.
         lengths: Tokens of a sentence, with [CLS] and [SEP]: percentiles "p50" to "p99", and "max".
         num_cut: Sentences that are longer than a row.
     """

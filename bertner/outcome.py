@@ -23,11 +23,9 @@ from bertner.config import Reading, TrainConfig
 from bertner.corpus import Corpus, CorpusStream, CorpusSummary
 from bertner.errors import BertnerError
 from bertner.evaluation import Evaluation
-from bertner.hub_datasets import open_dataset
 from bertner.model import BertForNER
-from bertner.parts import Parts, columns_of
+from bertner.parts import Parts, find_sources, open_source
 from bertner.predict import fingerprint_of
-from bertner.readers import open_file
 
 logger = logging.getLogger("bertner")
 
@@ -49,13 +47,18 @@ def assess_run(
     Returns:
         By split: the analysis and its sentences, as `html_report.write_report` takes them.
     """
+    if not evaluations:
+        return {}
+    sources = find_sources(config)
     # Only the report shows what takes long to find out.
-    inventory = _inventory(config, parts.corpora["train"]) if config.report else None
+    inventory = None
+    if config.report:
+        inventory = _inventory(_open_again(config, sources["train"]), parts.corpora["train"])
     sampling = {} if config.report else {"samples": 0}
     calibration = None
     pages = {}
     for split, evaluation in evaluations.items():  # the validation data first
-        corpus = _read_again(config, split, parts.corpora[split])
+        corpus = _read_again(_open_again(config, sources[split]), parts.corpora[split])
         if corpus is None:
             continue
         label_set = parts.datasets[split].label_set
@@ -186,8 +189,7 @@ def run_facts(record: Mapping[str, Any], arguments: Sequence[str]) -> list[tuple
     return [(name, str(value)) for name, value in facts]
 
 
-def _inventory(config: TrainConfig, summary: CorpusSummary) -> Inventory | None:
-    stream = _open_again(config, "train")
+def _inventory(stream: CorpusStream | None, summary: CorpusSummary) -> Inventory | None:
     if stream is None:
         return None
     try:
@@ -198,9 +200,8 @@ def _inventory(config: TrainConfig, summary: CorpusSummary) -> Inventory | None:
     return inventory if _is_same(stream.digest.hexdigest(), summary) else None
 
 
-def _read_again(config: TrainConfig, split: str, summary: CorpusSummary) -> Corpus | None:
+def _read_again(stream: CorpusStream | None, summary: CorpusSummary) -> Corpus | None:
     """A split with its words, if it is still what was read before."""
-    stream = _open_again(config, split)
     if stream is None:
         return None
     corpus = stream.read()
@@ -209,21 +210,11 @@ def _read_again(config: TrainConfig, split: str, summary: CorpusSummary) -> Corp
     return corpus.head(summary.num_sentences)
 
 
-def _open_again(config: TrainConfig, split: str) -> CorpusStream | None:
-    columns = columns_of(config)
-    if config.train_file is None:
-        with_documents = config.context != "none"
-        return open_dataset(
-            config.train_source,
-            config_name=config.dataset_config_name,
-            with_documents=with_documents,
-            **columns,
-        )[split]
-    path = Path(getattr(config, f"{split}_file"))
-    if not path.is_file():  # a pipe gives its words once
-        logger.warning("%s cannot be read again: it is not in the report", path)
+def _open_again(config: TrainConfig, source: Path | CorpusStream) -> CorpusStream | None:
+    if isinstance(source, Path) and not source.is_file():  # a pipe gives its words once
+        logger.warning("%s cannot be read again: it is not in the report", source)
         return None
-    return open_file(path, **columns)
+    return open_source(source, config)
 
 
 def _is_same(digest: str, summary: CorpusSummary) -> bool:

@@ -132,14 +132,14 @@ def read_corpora(config: TrainConfig) -> tuple[dict[str, Corpus], Tokenizer]:
     tokenizer = _load_tokenizer(source.folder)
     corpora = {}
     for split, found in data.items():
-        corpus = _open(found, config).read()
+        corpus = open_source(found, config).read()
         max_samples = _max_samples(config, split)
         corpora[split] = corpus if max_samples is None else corpus.head(max_samples)
     return corpora, tokenizer
 
 
-def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
-    """The data by split, training data first: files that are there, or splits of a dataset."""
+def find_sources(config: TrainConfig) -> dict[str, Path | CorpusStream]:
+    """The data by split, training data first: files, or splits of a dataset."""
     data: dict[str, Path | CorpusStream] = {}
     if config.train_file is None:
         data.update(
@@ -157,8 +157,15 @@ def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
             "test": config.test_file,
         }
         data.update({split: Path(path) for split, path in files.items() if path})
-        for path in filter(None, files.values()):
-            check_file(path)
+    return data
+
+
+def _find_data(config: TrainConfig) -> dict[str, Path | CorpusStream]:
+    """The same, of files that are there, and all that the run needs."""
+    data = find_sources(config)
+    for source in data.values():
+        if isinstance(source, Path):
+            check_file(source)
     if "validation" not in data:
         needs = {
             "load_best_model_at_end": config.load_best_model_at_end,
@@ -219,12 +226,13 @@ def _prepare_data(
                 source, tokenizer, label_set, name=split, columns=columns, **settings
             )
         else:
-            prepared[split] = prepare(_open(source, config), tokenizer, label_set, **settings)
+            prepared[split] = prepare(open_source(source, config), tokenizer, label_set, **settings)
         label_set = prepared["train"].dataset.label_set
     return prepared
 
 
-def _open(source: Path | CorpusStream, config: TrainConfig) -> CorpusStream:
+def open_source(source: Path | CorpusStream, config: TrainConfig) -> CorpusStream:
+    """A source that is to be read."""
     return open_file(source, **columns_of(config)) if isinstance(source, Path) else source
 
 

@@ -185,22 +185,6 @@ def find_uses(splits: Sequence[Numbered]) -> Uses:
     return uses
 
 
-def count_by_training(train: Numbered, split: Numbered) -> dict[str, int]:
-    """Number of entities of a split whose string is an entity in the training data.
-
-    Returns:
-        "seen": one of the same type; "other type": of other types only; "unseen": not at all.
-    """
-    known: dict[tuple[int, ...], set[int]] = {}
-    for string, kind, _ in _entities(train):
-        known.setdefault(string, set()).add(kind)
-    counts = {"seen": 0, "other type": 0, "unseen": 0}
-    for string, kind, _ in _entities(split):
-        kinds = known.get(string)
-        counts["unseen" if kinds is None else "seen" if kind in kinds else "other type"] += 1
-    return counts
-
-
 def _entities(split: Numbered) -> Iterator[tuple[tuple[int, ...], int, int]]:
     """The string, the type and the first word of each entity."""
     words, spans = split.words.tolist(), split.spans

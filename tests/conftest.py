@@ -72,6 +72,24 @@ def write_model_folder(folder: Path, vocab: list[str] | None = None, **shape: ob
     return folder
 
 
+def make_talkative(
+    folder: Path, id2label: dict[int, str], target: Path | None = None, seed: int = 2
+) -> Path:
+    """Gives the model of a folder a random head that says something about almost every word.
+
+    It replaces the folder's model, or goes into another folder.
+    """
+    torch.manual_seed(seed)
+    model = BertForNER.from_pretrained(folder, id2label=id2label)
+    with torch.no_grad():
+        model.classifier.weight *= 50
+    target = target or folder
+    model.save_pretrained(target)
+    if target != folder:
+        (target / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
+    return target
+
+
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Prepared data of one test: never where the user's lies."""

@@ -12,17 +12,19 @@ from seqeval.metrics.v1 import precision_recall_fscore_support
 from seqeval.scheme import IOB2, IOBES
 
 from bertner.analysis import (
+    FAMILIARITY,
     KINDS,
     Analysis,
     Inventory,
     Prediction,
     analyse,
     compare_analyses,
+    familiarity,
     match_entities,
     take_inventory,
 )
 from bertner.corpus import Corpus, CorpusBuilder
-from bertner.labels import Spans, detect_scheme, split_tag
+from bertner.labels import Spans, detect_scheme, find_spans, split_tag
 from tests import conlleval
 from tests.conftest import corpus_of
 
@@ -243,6 +245,14 @@ def test_seen_and_unseen_in_training() -> None:
         "other type": 1,
         "unseen": 1,
     }
+
+
+def test_familiarity_by_hand() -> None:
+    training = corpus_of("a/B-X b/I-X", "c/B-X a", "c/B-Y")
+    corpus = corpus_of("a/B-X b/I-X", "a/B-Y b/I-Y", "a/B-X c/B-Y", "c/B-X")
+    spans = find_spans(corpus.prefixes, corpus.types, corpus.starts[:-1])
+    of_each = familiarity(corpus, spans, corpus.type_names, inventory_of(training))
+    assert [FAMILIARITY[k] for k in of_each] == ["seen", "other type", "unseen", "seen", "seen"]
 
 
 def test_types_of_either_side_alone() -> None:

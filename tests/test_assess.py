@@ -6,25 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from bertner.cli import eval_main
-from bertner.model import BertForNER
-from tests.conftest import write_conll
+from tests.conftest import make_talkative, write_conll
 
 LABELS = dict(enumerate("O B-PER I-PER B-LOC I-LOC B-ORG I-ORG".split()))
 
 
 def make_model(folder: Path, labels: dict[int, str] = LABELS, seed: int = 2) -> Path:
-    """Gives the tiny model a head that says something about almost every word."""
-    torch.manual_seed(seed)
-    model = BertForNER.from_pretrained(folder, id2label=labels)
-    with torch.no_grad():
-        model.classifier.weight *= 50
-    target = folder.with_name(f"model-{seed}-{len(labels)}")
-    model.save_pretrained(target)
-    (target / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
-    return target
+    return make_talkative(folder, labels, folder.with_name(f"model-{seed}-{len(labels)}"), seed)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from bertner.calibration import fit
 from bertner.config import BertConfig, Reading
 from bertner.corpus import split_words
 from bertner.errors import ModelError, UsageError
-from bertner.model import BertForNER
 from bertner.predict import Entity, Tagger, Text, fingerprint_of, gather
+from tests.conftest import make_talkative
 
 LABELS = dict(enumerate(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]))
 
@@ -36,12 +36,7 @@ TEXTS = [
 @pytest.fixture
 def tagger(model_folder: Path) -> Tagger:
     """A tagger whose random head says something about almost every word."""
-    torch.manual_seed(2)
-    model = BertForNER.from_pretrained(model_folder, id2label=LABELS)
-    with torch.no_grad():
-        model.classifier.weight *= 50
-    model.save_pretrained(model_folder)
-    return Tagger.from_pretrained(model_folder)
+    return Tagger.from_pretrained(make_talkative(model_folder, LABELS))
 
 
 def test_entities_are_slices_of_the_text(tagger: Tagger) -> None:

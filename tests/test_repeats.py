@@ -11,7 +11,6 @@ from bertner.labels import B, I, O, find_spans
 from bertner.repeats import (
     OUTSIDE,
     Numbered,
-    count_by_training,
     count_shared,
     find_repeats,
     find_uses,
@@ -112,9 +111,3 @@ def test_uses_are_those_of_trying_every_string_at_every_word(splits: list[Senten
         string: {kind: (len(places), min(places)) for kind, places in by_kind.items()}
         for string, by_kind in expected.items()
     }
-
-
-def test_entities_are_seen_in_training_with_their_type_or_another() -> None:
-    train = numbered([[(0, 1), (1, 2)], [(2, 1), (0, 0)], [(2, 3)]])
-    split = numbered([[(0, 1), (1, 2)], [(0, 3), (1, 4)], [(0, 1), (2, 3)], [(2, 1)]])
-    assert count_by_training(train, split) == {"seen": 3, "other type": 1, "unseen": 1}

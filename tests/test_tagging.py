@@ -18,7 +18,14 @@ from bertner.model import BertForNER
 from bertner.predict import Tagger
 from bertner.readers import read_file
 from bertner.tokenizer import Tokenizer
-from tests.conftest import MINILM, REPOSITORY, SHARED_DATA, needs_conll, needs_minilm
+from tests.conftest import (
+    MINILM,
+    REPOSITORY,
+    SHARED_DATA,
+    make_talkative,
+    needs_conll,
+    needs_minilm,
+)
 
 LABELS = dict(enumerate("O B-PER I-PER B-LOC I-LOC".split()))
 TEXT = "Mary Poe said Paris is the landing of London."
@@ -40,12 +47,7 @@ ODD = [
 @pytest.fixture
 def model(model_folder: Path) -> str:
     """A model whose random head says something about almost every word."""
-    torch.manual_seed(2)
-    model = BertForNER.from_pretrained(model_folder, id2label=LABELS)
-    with torch.no_grad():
-        model.classifier.weight *= 50
-    model.save_pretrained(model_folder)
-    return str(model_folder)
+    return str(make_talkative(model_folder, LABELS))
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
