@@ -116,6 +116,27 @@ def test_words_in_are_words_scored(
         assert evaluation.num_repaired is None
 
 
+def test_viterbi_keeps_scores_of_unfinished_sentences_only(
+    model: BertForNER, tokenizer: Tokenizer
+) -> None:
+    sentences = [some_words(300), *([word] for word in WORDS), some_words(40, 1)]
+    corpus = corpus_with(sentences, document_length=1)
+    reading = Reading(max_seq_length=30, decoding="viterbi")
+    dataset = tokenize(corpus, tokenizer, LabelSet(("O", "B-PER", "I-PER")), reading)
+    decider, most = Decider(dataset), 0
+    for row in range(len(dataset)):
+        batch = pack(dataset, [row], CPU)
+        with torch.inference_mode():
+            decider.add(batch, model(batch.input_ids, **batch.layout).logits)
+        unfinished = set(dataset.rows.sentences[: row + 1]) & set(dataset.rows.sentences[row + 1 :])
+        assert set(decider._parts) == unfinished
+        most = max(most, len(unfinished))
+    assert most == 1
+    whole = decisions_of(model, dataset, 5000)
+    assert decider.decide().labels.tolist() == whole.labels.tolist()
+    assert decider.decide().num_repaired == whole.num_repaired > 0
+
+
 def logits_for(dataset: TokenDataset, rows: dict[str, list[float]]) -> torch.Tensor:
     """Logits of a padded batch of all rows: those of each piece by its text; else all zero."""
     batch = collate(dataset, range(len(dataset)), CPU)
