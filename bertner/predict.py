@@ -74,6 +74,20 @@ class Text:
         """Running text."""
         return cls(text, split_words(text))
 
+    def sentences(self) -> list[tuple[int, int]]:
+        """(first, after the last) word of each part that blank lines separate.
+
+        They are what sentences are in annotated data: no entity goes across.
+        """
+        if not self.words:
+            return []
+        borders = [
+            k
+            for k, ((_, end), (start, _)) in enumerate(pairwise(self.words), 1)
+            if start - end > 1 and self.text.count("\n", end, start) > 1
+        ]
+        return list(pairwise([0, *borders, len(self.words)]))
+
     @classmethod
     def of_words(cls, words: Sequence[str], document: object = None) -> Text:
         """Words that somebody has split, with a space between."""
@@ -92,7 +106,7 @@ class Tagger:
         dtype: "float32" or "bfloat16" arithmetic.
         matmul: See `TrainConfig.matmul`.
         reading: How rows are made and words decided; None for how the model was trained to. Each
-            text is a document of one sentence, unless it says otherwise.
+            text is a document, unless it says otherwise; blank lines separate its sentences.
         calibration: Makes scores of what the model says of words; None for their mean probability.
         labels: Entity types to find; None for all.
         threshold: Entities with a lower score are left out; or by type, where "" is for the others.
@@ -215,13 +229,17 @@ class Tagger:
     def tag(self, texts: Sequence[Text]) -> list[list[Entity]]:
         """Entities of each text, computed together."""
         entities: list[list[Entity]] = [[] for _ in texts]
-        # A text without words has no entities, and would be a sentence without words below.
-        numbers = [number for number, text in enumerate(texts) if text.words]
-        if not numbers:
+        # A text without words has no entities, and no sentences.
+        parts = [(k, *part) for k, text in enumerate(texts) for part in text.sentences()]
+        if not parts:
             return entities
-        words = [texts[number].text[a:b] for number in numbers for a, b in texts[number].words]
-        starts = np.cumsum([0, *(len(texts[number].words) for number in numbers)])
-        corpus = _unlabelled(words, starts, [texts[number].document for number in numbers])
+        words = [texts[k].text[a:b] for k, i, j in parts for a, b in texts[k].words[i:j]]
+        starts = np.cumsum([0, *(j - i for _, i, j in parts)])
+        keys = [
+            (None, k) if text.document is None else text.document for k, text in enumerate(texts)
+        ]
+        documents = [keys[k] for k, _, _ in parts]
+        corpus = _unlabelled(words, starts, documents)
         dataset = tokenize(corpus, self.tokenizer, self.label_set, self.reading)
         decisions = self._decide(dataset)
         spans = self.label_set.spans(decisions.labels, starts[:-1])
@@ -232,10 +250,11 @@ class Tagger:
             confidence = self.calibration.apply(scores, types)
         sentence_of = np.searchsorted(starts, spans.start, side="right") - 1
         for k in np.flatnonzero(confidence >= self.thresholds[spans.type]):
-            number, offset = numbers[sentence_of[k]], starts[sentence_of[k]]
+            number, first, _ = parts[sentence_of[k]]
+            offset = first - starts[sentence_of[k]]
             text = texts[number]
-            start = text.words[spans.start[k] - offset][0]
-            end = text.words[spans.end[k] - 1 - offset][1]
+            start = text.words[spans.start[k] + offset][0]
+            end = text.words[spans.end[k] - 1 + offset][1]
             entity = Entity(start, end, types[k], text.text[start:end], float(confidence[k]))
             entities[number].append(entity)
         return entities
@@ -319,10 +338,9 @@ def fingerprint_of(model: BertForNER) -> str:
 
 
 def _unlabelled(words: list[str], starts: IntArray, documents: Sequence[object]) -> Corpus:
-    """Texts as a corpus of one sentence each, every word tagged O."""
+    """Sentences as a corpus, every word tagged O; neighbours of equal documents are of one."""
     outside = np.zeros(len(words), dtype=np.int8)
-    # Neighbours are of one document if they say so.
-    begins = [True, *(a is None or a != b for a, b in pairwise(documents))]
+    begins = [True, *(a != b for a, b in pairwise(documents))]
     return Corpus(
         source="text",
         words=words,

@@ -161,7 +161,8 @@ def _file_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _decode(content: bytes, source: object, first_line: int = 1) -> str:
+def decode(content: bytes, source: object, first_line: int = 1) -> str:
+    """Text from bytes; `source` and lines, counted from `first_line`, are named in errors."""
     if b"\0" in content:
         line = content.count(b"\n", 0, content.index(b"\0")) + first_line
         raise DataError(
@@ -196,7 +197,7 @@ def _text_lines(path: Path, digest: hashlib._Hash) -> Iterator[str]:
     for chunk in _chunks(path):
         digest.update(chunk)
         # Only \n ends a line: U+2028, U+0085 and their like may be words.
-        lines = _decode(chunk, path, next_line).split("\n")
+        lines = decode(chunk, path, next_line).split("\n")
         if chunk.endswith(b"\n"):
             lines.pop()
         yield from lines
@@ -615,7 +616,14 @@ def read_lines(path: str | Path) -> Iterator[str]:
         yield from decode_lines(stream, path)
 
 
+def read_text(path: str | Path) -> str:
+    """All of a plain text file, ends of lines included; raises what `read_lines` does."""
+    with _file_errors(Path(path)):
+        content = Path(path).read_bytes()
+    return decode(content, path)
+
+
 def decode_lines(stream: Iterable[bytes], source: object, first_line: int = 1) -> Iterator[str]:
     """The same for lines of bytes, from wherever they come; `source` is named in errors."""
     for number, line in enumerate(stream, first_line):
-        yield _decode(line, source, number).rstrip("\r\n")
+        yield decode(line, source, number).rstrip("\r\n")

@@ -15,9 +15,11 @@ from bertner.predict import Text
 from bertner.readers import (
     begins_document,
     check_characters,
+    decode,
     decode_lines,
     parse_record,
     read_lines,
+    read_text,
 )
 
 STANDARD_INPUT = "-"
@@ -64,8 +66,7 @@ def read_items(path: str, format: str, text_column: str = "tokens") -> Iterator[
     name = "standard input" if path == STANDARD_INPUT else path
     lines = _standard_input() if path == STANDARD_INPUT else read_lines(path)
     if format == "document":
-        text = "\n".join(line for line in lines if line is not None)
-        yield Item(Text.of(text))
+        yield Item(Text.of(_whole(path, name)))
     elif format == "jsonl":
         yield from _json_items(lines, name, text_column)
     elif format == "conll":
@@ -73,6 +74,15 @@ def read_items(path: str, format: str, text_column: str = "tokens") -> Iterator[
     else:
         for line in lines:
             yield None if line is None else Item(Text.of(line))
+
+
+def _whole(path: str, name: str) -> str:
+    """All of a file as it is, so that offsets count its own characters."""
+    if path != STANDARD_INPUT:
+        return read_text(path)
+    if sys.stdin is None:
+        raise UsageError("there is no standard input; name a FILE")
+    return decode(sys.stdin.buffer.read(), name)
 
 
 def _standard_input() -> Iterator[str | None]:

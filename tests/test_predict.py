@@ -123,6 +123,21 @@ def test_the_stream_reads_no_further_than_it_must(
     assert taken <= 10
 
 
+def test_no_entity_goes_across_a_blank_line(tagger: Tagger) -> None:
+    text = Text.of(" a b\n c\r\n \t\r\nd\n\n\n\ne\n\n")
+    assert text.sentences() == [(0, 3), (3, 4), (4, 5)]
+    assert Text.of("\n\n").sentences() == Text.of_words([]).sentences() == []
+    assert Text.of_words(["a", "\n\n", "b"]).sentences() == [(0, 3)]
+    tagger.reading = Reading(context="document")
+    paragraphs = ["Mary Poe", "said Paris"] * 20
+    entities = tagger("\n\n".join(paragraphs))
+    assert len(entities) > 20
+    assert not any("\n" in entity.text for entity in entities)
+    # And they are read together, as the sentences of a document are.
+    together = tagger.tag([Text.of_words(each.split(), "a document") for each in paragraphs])
+    assert [e.score for e in entities] == [e.score for each in together for e in each]
+
+
 def test_parts_hold_whole_documents_and_do_not_wait() -> None:
     def text(document: object = None) -> Text:
         return Text("a", [(0, 1)], document)

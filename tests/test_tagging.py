@@ -119,6 +119,15 @@ def test_a_file_as_one_document(
     assert record["text"] == f"{TEXT}\n\n{TEXT}"
     check_entities(str(record["text"]), record["entities"])  # type: ignore[arg-type]
     assert record["entities"][-1]["end"] > len(TEXT)  # type: ignore[index]
+    # Offsets are those of the file.
+    text = f"{TEXT}\r\nParis\r\n"
+    path.write_bytes(text.encode("utf-8-sig"))
+    (record,) = records(run(capsys, "--model", model, "--input_format", "document", str(path)))
+    assert record["text"] == text
+    check_entities(text, record["entities"])  # type: ignore[arg-type]
+    path.write_bytes(b"Paris\n\nof\xff\n")
+    command = ["--model", model, "--input_format", "document", str(path)]
+    assert f"{path}:3: byte 0xff is not UTF-8" in run(capsys, *command, code=65)
 
 
 def test_json_lines_keep_what_else_they_hold(
