@@ -19,7 +19,7 @@ from bertner.config import EVAL_TOKENS, Reading
 from bertner.corpus import Corpus, split_words
 from bertner.data import TokenDataset, tokenize
 from bertner.decisions import Decider, Decisions
-from bertner.errors import UsageError
+from bertner.errors import BertnerError, UsageError
 from bertner.hub import find_model
 from bertner.labels import IntArray
 from bertner.model import BertForNER, autocast
@@ -278,20 +278,25 @@ def gather(texts: Iterable[Text | None]) -> Iterator[list[Text]]:
     """
     part: list[Text] = []
     num_words = 0
-    for text in texts:
-        if text is not None and part:
-            is_full = num_words >= _STREAM_WORDS or len(part) >= _STREAM_TEXTS
-            goes_on = text.document is not None and text.document == part[-1].document
-            if is_full and not goes_on:
+    try:
+        for text in texts:
+            if text is not None and part:
+                is_full = num_words >= _STREAM_WORDS or len(part) >= _STREAM_TEXTS
+                goes_on = text.document is not None and text.document == part[-1].document
+                if is_full and not goes_on:
+                    yield part
+                    part, num_words = [], 0
+            if text is not None:
+                part.append(text)
+                num_words += len(text.words)
+            # A document may go on after the pause.
+            elif part and part[-1].document is None:
                 yield part
                 part, num_words = [], 0
-        if text is not None:
-            part.append(text)
-            num_words += len(text.words)
-        # A document may go on after the pause.
-        elif part and part[-1].document is None:
+    except BertnerError:  # a mistake in a file: what stands before it is tagged all the same
+        if part:
             yield part
-            part, num_words = [], 0
+        raise
     if part:
         yield part
 

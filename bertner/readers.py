@@ -295,14 +295,19 @@ def _json_sentences(
         yield document, words, tags, [number] * len(words)
 
 
-def parse_record(line: str, source: str, number: int) -> dict[str, Any]:
+_JSON = json.JSONDecoder(object_pairs_hook=json_object)
+
+
+def parse_record(
+    line: str, source: str, number: int, decoder: json.JSONDecoder = _JSON
+) -> dict[str, Any]:
     """The JSON object in a line.
 
     Raises:
         DataError: There is none.
     """
     try:
-        record = _JSON.decode(line)
+        record = decoder.decode(line)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", str(error))
         raise DataError(
@@ -318,9 +323,6 @@ def parse_record(line: str, source: str, number: int) -> dict[str, Any]:
             number,
         )
     return record
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=json_object)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -94,7 +94,10 @@ class Writer:
             "\t" if any(" " in column or not column for row in rows for column in row) else " "
         )
         lines = [separator.join([*row, tag]) for row, tag in zip(rows, tags, strict=True)]
-        heading = [separator.join([*item.heading, "O"]), ""] if item.heading else []
+        heading = []
+        if item.heading:  # conlleval wants as many columns in all lines
+            missing = ["O"] * (len(rows[0]) - len(item.heading))
+            heading = [separator.join([*item.heading, *missing, "O"]), ""]
         return "\n".join([*heading, *lines, "", ""])
 
     def _coloured(self, text: str, entities: Sequence[Entity]) -> str:

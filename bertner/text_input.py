@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short  # what a message shows of a value from a file
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from bertner.errors import DataError, UsageError
+from bertner.files import json_object
 from bertner.predict import Text
 from bertner.readers import (
     begins_document,
@@ -114,6 +117,21 @@ def _numbered(lines: Iterable[str | None]) -> Iterator[tuple[int, str | None]]:
         yield number, line
 
 
+def _not_json(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_json(text)
+
+
+# What is in a record goes out again, and must be JSON there too.
+_JSON = json.JSONDecoder(
+    object_pairs_hook=json_object, parse_constant=_not_json, parse_float=_finite
+)
+
+
 def _json_items(
     lines: Iterable[str | None], source: str, text_column: str
 ) -> Iterator[Item | None]:
@@ -123,7 +141,7 @@ def _json_items(
             continue
         if not line.strip():
             continue
-        record = parse_record(line, source, number)
+        record = parse_record(line, source, number, _JSON)
         text, words = record.get("text"), record.get(text_column)
         if isinstance(text, str):
             check_characters(text, source, number)
@@ -144,7 +162,7 @@ def _conll_items(lines: Iterable[str | None], source: str) -> Iterator[Item | No
     """Sentences of words, the first column; of one document from one `-DOCSTART-` to the next."""
     rows: list[list[str]] = []
     heading: list[str] = []
-    document = 0
+    document = num_columns = 0
 
     def sentence() -> Item:
         words = [row[0] for row in rows]
@@ -164,7 +182,16 @@ def _conll_items(lines: Iterable[str | None], source: str) -> Iterator[Item | No
                 number,
             )
         if row and not begins_document(row):
-            rows.append(row.split("\t") if "\t" in row else row.split())
+            # As in training: what is a space only to Unicode may be part of a word.
+            rows.append(row.split("\t") if "\t" in row else [c for c in row.split(" ") if c])
+            num_columns = num_columns or len(rows[0])
+            if len(rows[-1]) != num_columns:
+                raise DataError(
+                    f"{len(rows[-1])} columns instead of {num_columns} as above; give all words "
+                    "the same columns, and sentences an empty line between",
+                    source,
+                    number,
+                )
             continue
         if rows:
             yield sentence()

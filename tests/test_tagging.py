@@ -175,6 +175,30 @@ def test_conll_columns_keep_theirs(
     assert texts == ["Mary Poe", "Paris", "London"]
 
 
+def test_words_of_columns_are_those_that_training_reads(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.conll"
+    path.write_text("-DOCSTART-\n\n10\xa0000  CD O\n\u3000 X O\nParis NNP B-LOC\n", "utf-8")
+    assert read_file(path).words == ["10\xa0000", "\u3000", "Paris"]
+    lines = run(capsys, "--model", model, "--output_format", "conll", str(path)).split("\n")
+    assert [line.split(" ")[:-1] for line in lines if line] == [
+        *[["-DOCSTART-", "O", "O"], ["10\xa0000", "CD", "O"], ["\u3000", "X", "O"]],
+        ["Paris", "NNP", "B-LOC"],
+    ]
+
+
+def test_what_stands_before_a_mistake_is_tagged(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"Paris\nLondon\n\xff\n")
+    assert predict_main(["--model", model, str(path)]) == 65
+    output, errors = capsys.readouterr()
+    assert [line["text"] for line in records(output)] == ["Paris", "London"]
+    assert "text.txt:3: byte 0xff" in errors
+
+
 def test_text_for_people(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "text.txt"
     path.write_text("Paris \x1b[31m of London\n", encoding="utf-8")
@@ -257,6 +281,9 @@ def test_a_threshold_for_a_precision(
         ("a.jsonl", b'{"text": "Paris"}\n{"text":\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"txt": "Paris"}\n', "a.jsonl:1: needs 'text', a string, or 'tokens'"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: holds U+D800"),
+        ("a.jsonl", b'{"text": "a", "n": NaN}\n', "a.jsonl:1: not JSON (NaN is no number"),
+        ("a.jsonl", b'{"text": "a", "n": 1e999}\n', "a.jsonl:1: not JSON (1e999 is no number"),
+        ("a.conll", b"Paris O\n\nLondon\n", "a.conll:3: 1 columns instead of 2 as above"),
         ("a.txt", b"Paris\n\xff\n", "a.txt:2: byte 0xff is not UTF-8"),
         ("a.txt", b"P\0a\n", "a.txt:1: holds a NUL byte"),
         ("a.conll", b"Paris\rLondon\n", "a.conll:1: a carriage return within the line"),
