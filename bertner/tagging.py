@@ -39,6 +39,9 @@ def run_prediction(options: argparse.Namespace) -> None:
     logger.info("matrix products: %s", products)
     tagger = _load_tagger(options, device)
     files = options.files or [STANDARD_INPUT]
+    documents = "none"
+    if tagger.reading.context != "none":
+        documents = "marked" if options.context is None else "needed"
     writer = Writer(
         options.output_format,
         tagger.label_set.types,
@@ -51,7 +54,9 @@ def run_prediction(options: argparse.Namespace) -> None:
 
         def items() -> Iterator[Item | None]:
             for path in files:
-                yield from read_items(path, options.input_format, options.text_column_name)
+                yield from read_items(
+                    path, options.input_format, options.text_column_name, documents
+                )
 
         with closing(_pieces(tagger, items(), writer, bar.update)) as pieces:
             if options.output_file is not None:

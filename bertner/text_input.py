@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from bertner.readers import (
     read_lines,
     read_text,
 )
+
+logger = logging.getLogger("bertner")
 
 STANDARD_INPUT = "-"
 
@@ -47,7 +50,9 @@ class Item:
     heading: Sequence[str] = ()
 
 
-def read_items(path: str, format: str, text_column: str = "tokens") -> Iterator[Item | None]:
+def read_items(
+    path: str, format: str, text_column: str = "tokens", documents: str = "marked"
+) -> Iterator[Item | None]:
     """Reads the texts of a file, one after another.
 
     Args:
@@ -55,6 +60,8 @@ def read_items(path: str, format: str, text_column: str = "tokens") -> Iterator[
         format: "lines", "document", "jsonl" or "conll". "auto" goes by the ending: `.json` and
             `.jsonl` are JSON lines, `.conll` is CoNLL columns, and all else is lines.
         text_column: Key of the words in JSON lines.
+        documents: Whether sentences of CoNLL columns are of one document up to a `-DOCSTART-`:
+            "none"; "marked": if the file has such lines, else it is warned; "needed": it has to.
 
     Yields:
         Texts; and None where standard input has nothing more for now.
@@ -73,7 +80,7 @@ def read_items(path: str, format: str, text_column: str = "tokens") -> Iterator[
     elif format == "jsonl":
         yield from _json_items(lines, name, text_column)
     elif format == "conll":
-        yield from _conll_items(lines, name)
+        yield from _conll_items(lines, name, documents)
     else:
         for line in lines:
             yield None if line is None else Item(Text.of(line))
@@ -158,15 +165,16 @@ def _json_items(
             )
 
 
-def _conll_items(lines: Iterable[str | None], source: str) -> Iterator[Item | None]:
-    """Sentences of words, the first column; of one document from one `-DOCSTART-` to the next."""
+def _conll_items(lines: Iterable[str | None], source: str, documents: str) -> Iterator[Item | None]:
+    """Sentences of words, the first column; see `read_items` for their documents."""
     rows: list[list[str]] = []
     heading: list[str] = []
     document = num_columns = 0
 
     def sentence() -> Item:
         words = [row[0] for row in rows]
-        text = Text.of_words(words, (source, document) if document else None)
+        is_part = document > 0 and documents != "none"
+        text = Text.of_words(words, (source, document) if is_part else None)
         return Item(text, rows=list(rows), heading=list(heading))
 
     for number, line in _numbered(lines):
@@ -194,10 +202,30 @@ def _conll_items(lines: Iterable[str | None], source: str) -> Iterator[Item | No
                 )
             continue
         if rows:
+            if not document and documents != "none":
+                _check_documents(source, documents)
+                documents = "none"
             yield sentence()
             rows, heading = [], []
         if row:
             document += 1
             heading = row.split()
     if rows:
+        if not document and documents != "none":
+            _check_documents(source, documents)
         yield sentence()
+
+
+def _check_documents(source: str, documents: str) -> None:
+    """A sentence came before any -DOCSTART-."""
+    if documents == "needed":
+        raise DataError(
+            "does not say where documents begin, which --context document needs: begin with a "
+            "-DOCSTART- line, or give --context none",
+            source,
+        )
+    logger.warning(
+        "%s does not begin with a -DOCSTART- line, so each sentence is read alone; the model was "
+        "trained to read their neighbours too",
+        source,
+    )

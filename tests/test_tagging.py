@@ -15,8 +15,9 @@ from bertner.cli import eval_main, predict_main
 from bertner.corpus import split_words
 from bertner.hub import find_model
 from bertner.model import BertForNER
-from bertner.predict import Tagger
+from bertner.predict import Tagger, gather
 from bertner.readers import read_file
+from bertner.text_input import read_items
 from bertner.tokenizer import Tokenizer
 from tests.conftest import (
     MINILM,
@@ -186,6 +187,34 @@ def test_words_of_columns_are_those_that_training_reads(
         *[["-DOCSTART-", "O", "O"], ["10\xa0000", "CD", "O"], ["\u3000", "X", "O"]],
         ["Paris", "NNP", "B-LOC"],
     ]
+
+
+def test_columns_are_read_with_their_neighbours_or_alone(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.conll"
+    path.write_text("Mary\nPoe\n\nParis\n\n-DOCSTART-\n\nLondon\n", encoding="utf-8")
+    command = ["--model", model, str(path)]
+    error = run(capsys, *command, "--context", "document", code=65)
+    assert "text.conll: does not say where documents begin, which --context document" in error
+    run(capsys, *command, "--context", "none")
+    config = Path(model) / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**values, "bertner_reading": {"context": "document"}}), "utf-8")
+    assert predict_main(command) == 0
+    assert "text.conll does not begin with a -DOCSTART- line" in capsys.readouterr().err
+
+
+def test_a_long_document_is_not_gathered_for_a_model_that_reads_sentences(tmp_path: Path) -> None:
+    path = tmp_path / "text.conll"
+    path.write_text("-DOCSTART-\n\n" + "Mary\n\n" * 5000, encoding="utf-8")
+
+    def parts(documents: str) -> list[int]:
+        items = read_items(str(path), "conll", documents=documents)
+        return [len(part) for part in gather(item.text for item in items if item)]
+
+    assert parts("marked") == [5000]
+    assert max(parts("none")) < 2000
 
 
 def test_what_stands_before_a_mistake_is_tagged(
