@@ -68,6 +68,8 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
                 remove(temporary)
             raise
         sync_folder(path.parent)
+    except StorageError:  # of what the chunks come from
+        raise
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -6,10 +6,13 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -20,6 +23,7 @@ from bertner.hub import find_model
 from bertner.model import BertForNER
 from bertner.parts import find_device, reading_of
 from bertner.predict import Tagger, Text, find_calibration, gather
+from bertner.readers import check_file
 from bertner.report import progress_bar
 from bertner.tag_output import Writer
 from bertner.text_input import STANDARD_INPUT, Item, read_items
@@ -34,11 +38,17 @@ def run_prediction(options: argparse.Namespace) -> None:
     Raises:
         BertnerError: See the exit codes in `errors`.
     """
+    files = options.files or [STANDARD_INPUT]
+    for file in files:  # before seconds of loading
+        if file != STANDARD_INPUT:
+            check_file(file)
+    output_file = None if options.output_file is None else Path(options.output_file)
+    if output_file is not None and output_file.exists() and not output_file.is_file():
+        raise UsageError(f"output_file {output_file} is no regular file; write to it with >")
     device = find_device(options.device)
     products = kernels.choose_products(options.matmul, device, options.dtype)
     logger.info("matrix products: %s", products)
     tagger = _load_tagger(options, device)
-    files = options.files or [STANDARD_INPUT]
     documents = "none"
     if tagger.reading.context != "none":
         documents = "marked" if options.context is None else "needed"
@@ -46,10 +56,10 @@ def run_prediction(options: argparse.Namespace) -> None:
         options.output_format,
         tagger.label_set.types,
         title="Entities in " + ", ".join("standard input" if f == "-" else f for f in files),
-        colour=options.output_file is None and sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+        colour=output_file is None and sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     )
     # On one terminal with the output, it would be in the way.
-    show = sys.stderr.isatty() and (options.output_file is not None or not sys.stdout.isatty())
+    show = sys.stderr.isatty() and (output_file is not None or not sys.stdout.isatty())
     with progress_bar(None, " words", "tag", show) as bar:
 
         def items() -> Iterator[Item | None]:
@@ -59,9 +69,10 @@ def run_prediction(options: argparse.Namespace) -> None:
                 )
 
         with closing(_pieces(tagger, items(), writer, bar.update)) as pieces:
-            if options.output_file is not None:
+            if output_file is not None:
                 encoded = (piece.encode("utf-8", "backslashreplace") for piece in pieces)
-                replace_file(Path(options.output_file), encoded)
+                with _ended_by_exception():
+                    replace_file(output_file, encoded)
             else:
                 _print(pieces)
 
@@ -137,3 +148,20 @@ def _print(pieces: Iterator[str]) -> None:
         sys.stdout.write(piece)
         if not piece:
             sys.stdout.flush()
+
+
+@contextmanager
+def _ended_by_exception() -> Iterator[None]:
+    """While it is open, SIGTERM ends the process by way of an exception, which cleans up."""
+
+    def leave(*_: object) -> NoReturn:
+        sys.exit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

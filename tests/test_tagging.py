@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -364,6 +368,40 @@ def test_standard_input_is_answered_line_by_line_and_a_closed_pipe_ends_it(model
         assert process.wait(60) == 0
         assert process.stderr
         assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_run_that_is_ended_leaves_no_part_of_its_file(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    output = str(folder / "out.jsonl")
+    with start(model, "--output_file", output, stdin=subprocess.PIPE) as process:
+        assert process.stdin
+        process.stdin.write(b"Paris\n" * 100)
+        process.stdin.flush()
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        while process.poll() is None and not any(p.stat().st_size for p in folder.iterdir()):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM
+        timer.cancel()
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_no_file_is_not_replaced(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, pipe = tmp_path / "text.txt", tmp_path / "pipe"
+    path.write_text(TEXT, encoding="utf-8")
+    os.mkfifo(pipe)
+    command = ["--model", model, str(path)]
+    for output in (pipe, tmp_path):
+        error = run(capsys, *command, "--output_file", str(output), code=2)
+        assert "is no regular file; write to it with >" in error
+    assert pipe.is_fifo()
+    assert "no such file" in run(capsys, *command, str(tmp_path / "none"), code=65)
+    output = tmp_path / "no folder" / "out"
+    assert "cannot be written" in run(capsys, *command, "--output_file", str(output), code=74)
 
 
 def test_colours_on_a_terminal(
