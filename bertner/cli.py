@@ -279,7 +279,8 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
             choices=["auto", "lines", "document", "jsonl", "conll"],
             default="auto",
             help="a text a line; a text a file; JSON lines with text or tokens; CoNLL columns, the "
-            "word first; or by the file's ending: .json, .jsonl, .conll, else lines (default)",
+            "word first; or by the file's ending: .json, .jsonl, .conll, else lines, unless a file "
+            "begins as columns do (default)",
         )
         parser.add_argument(
             "--output_format",

@@ -6,9 +6,11 @@ import io
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from reprlib import repr as short  # what a message shows of a value from a file
 from typing import Any, NoReturn, cast
@@ -29,6 +31,10 @@ from bertner.readers import (
 logger = logging.getLogger("bertner")
 
 STANDARD_INPUT = "-"
+
+_FORMAT_OF = {".json": "jsonl", ".jsonl": "jsonl", ".conll": "conll"}  # by ending
+_TAG = re.compile(r"O|[BIESLU]-\S+")
+_LOOKED_AT = 50  # rows, to tell columns from text
 
 _READ_BYTES = 1 << 16  # as much as a pipe holds
 
@@ -58,7 +64,8 @@ def read_items(
     Args:
         path: The file, or "-" for standard input.
         format: "lines", "document", "jsonl" or "conll". "auto" goes by the ending: `.json` and
-            `.jsonl` are JSON lines, `.conll` is CoNLL columns, and all else is lines.
+            `.jsonl` are JSON lines, `.conll` is CoNLL columns, and all else is lines, unless a file
+            begins with a `-DOCSTART-` line or rows whose last column holds a tag.
         text_column: Key of the words in JSON lines.
         documents: Whether sentences of CoNLL columns are of one document up to a `-DOCSTART-`:
             "none"; "marked": if the file has such lines, else it is warned; "needed": it has to.
@@ -72,7 +79,10 @@ def read_items(
     """
     if format == "auto":
         ending = Path(path).suffix.lower()
-        format = {".json": "jsonl", ".jsonl": "jsonl", ".conll": "conll"}.get(ending, "lines")
+        format = _FORMAT_OF.get(ending, "lines")
+        if format == "lines" and Path(path).is_file() and _looks_like_conll(path):
+            logger.info("%s: read as CoNLL columns; --input_format lines reads it as text", path)
+            format = "conll"
     name = "standard input" if path == STANDARD_INPUT else path
     lines = _standard_input() if path == STANDARD_INPUT else read_lines(path)
     if format == "document":
@@ -84,6 +94,21 @@ def read_items(
     else:
         for line in lines:
             yield None if line is None else Item(Text.of(line))
+
+
+def _looks_like_conll(path: str) -> bool:
+    """Whether a file begins with -DOCSTART-, or with several rows that all have a tag last."""
+    with Path(path).open("rb") as stream:
+        # A line may be without end.
+        begin = [stream.readline(_READ_BYTES).decode("utf-8-sig", "replace") for _ in range(200)]
+    filled = (row for row in (line.rstrip(" \t\r\n") for line in begin) if row)
+    rows = list(islice(filled, _LOOKED_AT))
+    if rows and begins_document(rows[0]):
+        return True
+    columns = [_columns(row) for row in rows]
+    widths = {len(row) for row in columns}
+    has_columns = len(rows) > 1 and len(widths) == 1 and widths != {1}
+    return has_columns and all(_TAG.fullmatch(row[-1]) for row in columns)
 
 
 def _whole(path: str, name: str) -> str:
@@ -165,6 +190,11 @@ def _json_items(
             )
 
 
+def _columns(row: str) -> list[str]:
+    """As in training: what is a space only to Unicode may be part of a word."""
+    return row.split("\t") if "\t" in row else [column for column in row.split(" ") if column]
+
+
 def _conll_items(lines: Iterable[str | None], source: str, documents: str) -> Iterator[Item | None]:
     """Sentences of words, the first column; see `read_items` for their documents."""
     rows: list[list[str]] = []
@@ -190,8 +220,7 @@ def _conll_items(lines: Iterable[str | None], source: str, documents: str) -> It
                 number,
             )
         if row and not begins_document(row):
-            # As in training: what is a space only to Unicode may be part of a word.
-            rows.append(row.split("\t") if "\t" in row else [c for c in row.split(" ") if c])
+            rows.append(_columns(row))
             num_columns = num_columns or len(rows[0])
             if len(rows[-1]) != num_columns:
                 raise DataError(

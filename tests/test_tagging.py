@@ -193,6 +193,35 @@ def test_words_of_columns_are_those_that_training_reads(
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "is_conll"),
+    [
+        ("-DOCSTART- -X- O\n", True),
+        ("\n\n-DOCSTART-\r\n", True),
+        ("\ufeffEU NNP B-ORG\n\nrejects VBZ O\n", True),
+        ("EU\tB-ORG\r\nx\tO", True),
+        ("\xe9 O\n" * 500 + "x O", True),
+        ("EU B-ORG\n", False),  # one row may be anything
+        ("Vitamin O\nand more\n", False),
+        ("EU NNP B-ORG\nrejects O\n", False),
+        ("O\nO\n", False),
+        ("", False),
+    ],
+)
+def test_columns_are_told_from_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, is_conll: bool
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content.encode())
+    with caplog.at_level("INFO", "bertner"):
+        items = list(read_items(str(path), "auto"))
+    assert all(bool(item and item.rows) is is_conll for item in items)
+    assert ("--input_format lines reads it as text" in caplog.text) is is_conll
+    lines = list(read_items(str(path), "lines"))
+    assert len(lines) == len(content.splitlines())
+    assert not any(item and item.rows for item in lines)
+
+
 def test_columns_are_read_with_their_neighbours_or_alone(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
