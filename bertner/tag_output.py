@@ -43,14 +43,25 @@ class Writer:
         if self.format != "html":
             return ""
         style = style_sheet("predictions.css", len(self._number_of))
-        title = html.escape(self.title)
+        # Without a script: whatever is not ticked is shown as if it were not marked.
+        hidden = "".join(
+            f"body:has(#show-{number}:not(:checked)) mark.type-{number} {{ all: unset; }}\n"
+            f"body:has(#show-{number}:not(:checked)) mark.type-{number} span {{ display: none; }}\n"
+            for number in self._number_of.values()
+        )
+        boxes = "".join(
+            f'<label class="type-{number}"><input type="checkbox" id="show-{number}" '
+            f'autocomplete="off" checked> {_escaped(name)}</label>\n'
+            for name, number in self._number_of.items()
+        )
+        title = _escaped(self.title)
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta http-equiv="Content-Security-Policy" '
             "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-            f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-            f"<h1>{title}</h1>\n"
+            f"<title>{title}</title>\n<style>\n{style}{hidden}</style>\n</head>\n<body>\n"
+            f"<main>\n<h1>{title}</h1>\n<fieldset>\n<legend>Show</legend>\n{boxes}</fieldset>\n"
         )
 
     def item(self, item: Item, entities: Sequence[Entity]) -> str:
@@ -73,7 +84,7 @@ class Writer:
         if self.format != "html":
             return ""
         rows = "".join(
-            f'<tr><td><mark class="type-{self._number_of[name]}">{html.escape(name)}</mark></td>'
+            f'<tr><td><mark class="type-{self._number_of[name]}">{_escaped(name)}</mark></td>'
             f"<td>{count:,}</td></tr>\n"
             for name, count in sorted(self._counts.items())
         )
@@ -116,13 +127,14 @@ class Writer:
         self._num_texts += 1
         parts = []
         for before, entity in _pieces(text, entities):
-            parts.append(html.escape(before))
+            parts.append(_escaped(before))
             if entity is not None:
                 self._counts[entity.label] += 1
                 parts.append(
                     f'<mark class="type-{self._number_of[entity.label]}" '
-                    f'title="confidence {entity.score:.2f}">{html.escape(entity.text)} '
-                    f"<span>{html.escape(entity.label)}</span></mark>"
+                    f'title="confidence {entity.score:.2f}">{_escaped(entity.text)}'
+                    # Stays beside the entity where text runs from right to left.
+                    f'<span dir="ltr"> {_escaped(entity.label)}</span></mark>'
                 )
         return f'<p id="text-{self._num_texts}" dir="auto">{"".join(parts)}</p>\n'
 
@@ -137,4 +149,9 @@ def _pieces(text: str, entities: Sequence[Entity]) -> Iterator[tuple[str, Entity
 
 
 def _visible(text: str) -> str:
-    return "\n".join(map(visible, text.replace("\t", "    ").split("\n")))
+    lines = text.replace("\r\n", "\n").replace("\t", "    ").split("\n")
+    return "\n".join(map(visible, lines))
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_visible(text))

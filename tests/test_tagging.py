@@ -296,6 +296,13 @@ def test_a_page(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "mark" in parsed.tags
     assert "Entities in 2 texts" in parsed.text
     assert "alert" in parsed.text
+    assert parsed.tags.count("input") == 2, "one for each type, to hide it"
+    path.write_text("Paris\x1b[31m \u202e London\n", encoding="utf-8")
+    assert run(capsys, *command) == ""
+    content = page.read_text(encoding="utf-8")
+    assert content.replace("\n", "").isprintable()
+    assert r"\x1b" in content
+    assert r"\u202e" in content
 
 
 def test_what_is_to_be_found(
