@@ -428,3 +428,18 @@ def split_words(text: str) -> list[tuple[int, int]]:
         if begin < chunk.end():
             spans.append((begin, chunk.end()))
     return spans
+
+
+def split_sentences(text: str, words: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Parts a text at blank lines: (first, after the last) word of each part.
+
+    They are to running text what sentences are to annotated data: no entity goes across.
+    """
+    if not words:
+        return []
+    borders = [
+        k
+        for k, ((_, end), (start, _)) in enumerate(itertools.pairwise(words), 1)
+        if start - end > 1 and text.count("\n", end, start) > 1
+    ]
+    return list(itertools.pairwise([0, *borders, len(words)]))

@@ -41,7 +41,7 @@ from bertner.windows import sentence_rows
 logger = logging.getLogger("bertner")
 
 # To be raised whenever the same file and settings no longer give the same arrays or files.
-_FORMAT = 3
+_FORMAT = 4
 
 _ARRAYS = (
     "input_ids",

@@ -16,7 +16,7 @@ from bertner import kernels
 from bertner.batches import packed_by_length
 from bertner.calibration import FILE, Calibration, entity_evidence, fingerprint, load
 from bertner.config import EVAL_TOKENS, Reading
-from bertner.corpus import Corpus, split_words
+from bertner.corpus import Corpus, split_sentences, split_words
 from bertner.data import TokenDataset, tokenize
 from bertner.decisions import Decider, Decisions
 from bertner.errors import BertnerError, UsageError
@@ -73,20 +73,6 @@ class Text:
     def of(cls, text: str) -> Text:
         """Running text."""
         return cls(text, split_words(text))
-
-    def sentences(self) -> list[tuple[int, int]]:
-        """(first, after the last) word of each part that blank lines separate.
-
-        They are what sentences are in annotated data: no entity goes across.
-        """
-        if not self.words:
-            return []
-        borders = [
-            k
-            for k, ((_, end), (start, _)) in enumerate(pairwise(self.words), 1)
-            if start - end > 1 and self.text.count("\n", end, start) > 1
-        ]
-        return list(pairwise([0, *borders, len(self.words)]))
 
     @classmethod
     def of_words(cls, words: Sequence[str], document: object = None) -> Text:
@@ -230,7 +216,11 @@ class Tagger:
         """Entities of each text, computed together."""
         entities: list[list[Entity]] = [[] for _ in texts]
         # A text without words has no entities, and no sentences.
-        parts = [(k, *part) for k, text in enumerate(texts) for part in text.sentences()]
+        parts = [
+            (k, *part)
+            for k, text in enumerate(texts)
+            for part in split_sentences(text.text, text.words)
+        ]
         if not parts:
             return entities
         words = [texts[k].text[a:b] for k, i, j in parts for a, b in texts[k].words[i:j]]

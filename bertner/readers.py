@@ -13,7 +13,14 @@ from pathlib import Path
 from reprlib import repr as short  # what a message shows of a value from a file
 from typing import Any
 
-from bertner.corpus import Corpus, CorpusBuilder, CorpusStream, RawSentence, split_words
+from bertner.corpus import (
+    Corpus,
+    CorpusBuilder,
+    CorpusStream,
+    RawSentence,
+    split_sentences,
+    split_words,
+)
 from bertner.errors import DataError, StorageError
 from bertner.files import json_object
 
@@ -274,10 +281,11 @@ def _json_sentences(
             words, tags = record[text_column], record[label_column]
             _check_columns(words, tags, builder, number, text_column, label_column)
             tags = _named_tags(tags, builder, number)
+            sentences = [(words, tags)]
         elif "text" in record and "entities" in record:
             spans = split_words(_checked_text(record["text"], builder, number))
-            words = [record["text"][start:end] for start, end in spans]
             tags = _tags_from_entities(record, spans, builder, number)
+            sentences = list(_text_sentences(record["text"], spans, tags))
         else:
             raise DataError(
                 f"needs {text_column!r} and {label_column!r}, or 'text' and 'entities', but has "
@@ -292,7 +300,8 @@ def _json_sentences(
         if column is not None:
             value = record.get(column)
             (document,) = _number_documents([value], document_of, column, builder.source, number)
-        yield document, words, tags, [number] * len(words)
+        for words, tags in sentences:
+            yield document, words, tags, [number] * len(words)
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=json_object)
@@ -457,6 +466,17 @@ def _tags_from_entities(
         tags[first] = f"B-{label}"
         tags[first + 1 : last + 1] = [f"I-{label}"] * (last - first)
     return tags
+
+
+def _text_sentences(
+    text: str, spans: list[tuple[int, int]], tags: list[str]
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Words and tags of each part of a text; a blank line in an entity is no border."""
+    first = 0
+    for _, last in split_sentences(text, spans):
+        if last == len(tags) or not tags[last].startswith("I-"):
+            yield [text[start:end] for start, end in spans[first:last]], tags[first:last]
+            first = last
 
 
 def _parquet_sentences(

@@ -124,10 +124,6 @@ def test_the_stream_reads_no_further_than_it_must(
 
 
 def test_no_entity_goes_across_a_blank_line(tagger: Tagger) -> None:
-    text = Text.of(" a b\n c\r\n \t\r\nd\n\n\n\ne\n\n")
-    assert text.sentences() == [(0, 3), (3, 4), (4, 5)]
-    assert Text.of("\n\n").sentences() == Text.of_words([]).sentences() == []
-    assert Text.of_words(["a", "\n\n", "b"]).sentences() == [(0, 3)]
     tagger.reading = Reading(context="document")
     paragraphs = ["Mary Poe", "said Paris"] * 20
     entities = tagger("\n\n".join(paragraphs))

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from bertner import readers
-from bertner.corpus import MAX_TYPES, Corpus, split_words
+from bertner.corpus import MAX_TYPES, Corpus, split_sentences, split_words
 from bertner.errors import DataError, StorageError
 from bertner.labels import B, I, O, label_list
 from bertner.readers import Columns, open_file, open_table, read_file, read_lines
@@ -322,6 +322,33 @@ def test_text_and_entities_may_say_more(folder: Path) -> None:
     corpus = read(folder, "a.jsonl", lines_of({"text": "", "entities": []}, record))
     assert sentences_of(corpus) == parse("Paris/B-LOC")
     assert corpus.lines.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" a b\n c\r\n \t\r\nd\n\n\n\ne\n\n", [(0, 3), (3, 4), (4, 5)]),
+        ("a\n\nb", [(0, 1), (1, 2)]),
+        ("a\nb", [(0, 2)]),
+        ("a.\n\n(b", [(0, 2), (2, 4)]),
+        ("\n\n", []),
+        ("", []),
+    ],
+)
+def test_blank_lines_part_a_text(text: str, expected: list[tuple[int, int]]) -> None:
+    assert split_sentences(text, split_words(text)) == expected
+
+
+def test_a_text_of_several_paragraphs(folder: Path) -> None:
+    text = "Mary Poe\n\nParis\n\nUnited\n\nKingdom\n\nsaid"
+    entities = [entity(0, 8, "PER"), entity(10, 15, "LOC"), entity(17, 32, "LOC")]
+    corpus = read(folder, "a.jsonl", lines_of({"text": text, "entities": entities}))
+    check_invariants(corpus)
+    # No annotated entity is cut, whatever is in it.
+    assert sentences_of(corpus) == parse(
+        "Mary/B-PER Poe/I-PER", "Paris/B-LOC", "United/B-LOC Kingdom/I-LOC", "said"
+    )
+    assert corpus.lines.tolist() == [1] * 6
 
 
 # Letters, digits, marks, joiners, punctuation, symbols, ideographs, spaces.
