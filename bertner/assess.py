@@ -35,7 +35,8 @@ from bertner.parts import columns_of, find_device, reading_of
 from bertner.predict import find_calibration
 from bertner.predictions import read_conlleval, read_predictions, write_conlleval
 from bertner.readers import open_file, read_file
-from bertner.report import escape_unknown, format_scores, format_table, progress_bar
+from bertner.report import escape_unknown, progress_bar
+from bertner.tables import format_scores, format_table
 from bertner.tokenizer import Tokenizer
 
 logger = logging.getLogger("bertner")

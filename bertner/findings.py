@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bertner.errors import visible
+from bertner.tables import format_table
 
 SEVERITIES = ("error", "warning", "note")  # training refuses it; look at it; good to know
 
@@ -139,14 +140,11 @@ def _table(check: DataCheck) -> Iterator[str]:
     for name, facts in check.splits.items():
         yield f"{name:<{name_width}}  {visible(facts.source)}"
     yield ""
-    rows = [("", list(check.splits))]
-    for label, values in _rows(check):
-        rows.append((label, [v if isinstance(v, str) else f"{v:,}" for v in values]))
-    label_width = max(len(label) for label, _ in rows)
-    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
-    for label, cells in rows:
-        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
-        yield "  ".join([f"{label:<{label_width}}", *aligned]).rstrip()
+    rows = [
+        [label, *(value if isinstance(value, str) else f"{value:,}" for value in values)]
+        for label, values in _rows(check)
+    ]
+    yield format_table(["", *check.splits], rows)
 
 
 def _rows(check: DataCheck) -> Iterator[tuple[str, Sequence[int | str]]]:

@@ -38,7 +38,7 @@ from bertner.output_dir import RECORD, REPORT, lock_output_dir, remove_run
 from bertner.parts import Parts, announce, build_parts, find_device, read_corpora
 from bertner.progress import TrainResult, TrainState
 from bertner.record import run_record
-from bertner.report import RunReport, escape_unknown, format_scores, progress_bar, say
+from bertner.report import RunReport, escape_unknown, progress_bar, say
 from bertner.resume import (
     Start,
     find_start,
@@ -49,6 +49,7 @@ from bertner.resume import (
     state_of,
 )
 from bertner.stopping import StopSignals
+from bertner.tables import format_scores
 from bertner.tensorboard import check_tensorboard
 from bertner.weights import TensorFile
 

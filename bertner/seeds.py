@@ -30,10 +30,11 @@ from bertner.output_dir import (
     seed_folder,
 )
 from bertner.parts import Parts, announce
-from bertner.report import format_table, say
+from bertner.report import say
 from bertner.resume import Start, load_weights
 from bertner.run import open_run, same_command, say_what_next, train_run
 from bertner.stopping import StopSignals
+from bertner.tables import format_table
 from bertner.weights import TensorFile
 
 # Scores that the tables show, where there are any, and how the card calls them.
