@@ -25,7 +25,7 @@ from bertner.corpus import Corpus
 from bertner.data import tokenize
 from bertner.errors import ModelError, UsageError, visible
 from bertner.evaluation import Evaluation, evaluate
-from bertner.files import read_json, write_json
+from bertner.files import check_target, read_json, write_json
 from bertner.html_report import write_report
 from bertner.hub import find_model
 from bertner.model import BertForNER
@@ -55,6 +55,9 @@ def run_evaluation(options: argparse.Namespace) -> None:
         raise UsageError("give a model (--model) or a file of predictions (--predictions)")
     if options.calibrate and (options.model is None or not Path(options.model).is_dir()):
         raise UsageError("calibrate needs --model with a folder, into which it writes")
+    for flag in ("conlleval", "report", "output_file"):
+        if path := getattr(options, flag):
+            check_target(Path(path), flag)
     corpus, prediction = _read_data(options)
     evaluation: Evaluation | None = None
     confidence: dict[str, Any] = {}

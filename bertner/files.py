@@ -20,7 +20,7 @@ from pathlib import Path
 from reprlib import repr as short  # what a message shows of a name from a file
 from typing import Any
 
-from bertner.errors import ModelError, StorageError
+from bertner.errors import ModelError, StorageError, UsageError
 
 # The most that is read of a JSON file, unless more is said to be.
 MAX_JSON_BYTES = 4 << 20
@@ -72,6 +72,19 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         raise
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def check_target(path: Path, flag: str) -> None:
+    """Asks, before minutes of work, whether a flag names what `replace_file` may put a file at.
+
+    Raises:
+        UsageError: There is something else than a file, such as a pipe, which would be lost.
+        StorageError: There is no such folder.
+    """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{flag} {path} is no regular file, and would be replaced; name another")
+    if not path.parent.is_dir():
+        raise StorageError(f"{path}: cannot be written: no such folder; make it, or name another")
 
 
 def write_text(path: Path, text: str) -> None:

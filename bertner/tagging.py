@@ -18,7 +18,7 @@ import torch
 
 from bertner import kernels
 from bertner.errors import UsageError
-from bertner.files import replace_file
+from bertner.files import check_target, replace_file
 from bertner.hub import find_model
 from bertner.model import BertForNER
 from bertner.parts import find_device, reading_of
@@ -43,8 +43,8 @@ def run_prediction(options: argparse.Namespace) -> None:
         if file != STANDARD_INPUT:
             check_file(file)
     output_file = None if options.output_file is None else Path(options.output_file)
-    if output_file is not None and output_file.exists() and not output_file.is_file():
-        raise UsageError(f"output_file {output_file} is no regular file; write to it with >")
+    if output_file is not None:
+        check_target(output_file, "output_file")
     device = find_device(options.device)
     products = kernels.choose_products(options.matmul, device, options.dtype)
     logger.info("matrix products: %s", products)

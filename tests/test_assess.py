@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,18 @@ def test_a_report(model_folder: Path, gold: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.lstrip().startswith("<!doctype html>")
     assert str(other) in text
+
+
+@pytest.mark.parametrize("flag", ["--report", "--output_file", "--conlleval"])
+def test_what_cannot_be_written_is_told_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = ["--predictions", str(tmp_path / "none"), flag]
+    for target in (pipe, tmp_path):
+        assert eval_main([*command, str(target)]) == 2
+        assert f"{flag[2:]} {target} is no regular file" in capsys.readouterr().err
+    assert pipe.is_fifo()
+    assert eval_main([*command, str(tmp_path / "no folder" / "file")]) == 74
+    assert "cannot be written: no such folder" in capsys.readouterr().err

@@ -433,7 +433,7 @@ def test_what_is_no_file_is_not_replaced(
     command = ["--model", model, str(path)]
     for output in (pipe, tmp_path):
         error = run(capsys, *command, "--output_file", str(output), code=2)
-        assert "is no regular file; write to it with >" in error
+        assert "is no regular file, and would be replaced" in error
     assert pipe.is_fifo()
     assert "no such file" in run(capsys, *command, str(tmp_path / "none"), code=65)
     output = tmp_path / "no folder" / "out"
