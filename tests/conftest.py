@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 # Nothing in the suite may reach for the network; set before any Hugging Face library is imported.
@@ -21,6 +21,18 @@ from bertner.config import BertConfig
 from bertner.corpus import Corpus, CorpusBuilder
 from bertner.model import BertForNER
 from bertner.tokenizer import Tokenizer
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test printed goes from process to process, and must be text for that."""
+    report = yield
+    report.sections = [
+        (name, content.encode("utf-8", "backslashreplace").decode())
+        for name, content in report.sections
+    ]
+    return report
+
 
 REPOSITORY = Path(__file__).parent.parent
 SAMPLE = REPOSITORY / "bertner" / "sample"

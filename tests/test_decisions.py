@@ -60,7 +60,7 @@ def decisions_of(model: BertForNER, dataset: TokenDataset, batch_tokens: int) ->
 
 
 LONG = {
-    "a sentence of 3,000 words": [some_words(3000)],
+    "a sentence of 1,000 words": [some_words(1000)],
     "a document of 200 sentences": [some_words(k % 11 + 1, k) for k in range(200)],
     "words of no pieces": [["\u200b"], ["\u200b", "Paris", "\u200b"], ["\u200b"] * 3],
     "nothing but words of no pieces": [["\u200b", ""], [""]],

@@ -98,7 +98,11 @@ def running_sums(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("function", [F.gelu, nn.LayerNorm(64), nn.PReLU(), running_sums], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [F.gelu, nn.LayerNorm(64), nn.PReLU(), running_sums],
+    ids=["gelu", "LayerNorm", "PReLU", "running_sums"],
+)
 def test_a_recomputed_input_is_not_kept(function: Any, dtype: str) -> None:
     torch.manual_seed(0)
     layer, function = nn.Linear(64, 8), copy.deepcopy(function)

@@ -486,3 +486,27 @@ def test_conll_text_with_real_weights(tmp_path: Path, capsys: pytest.CaptureFixt
         assert [(e.start, e.end, e.label) for e in alone(text)] == [
             (e.start, e.end, e.label) for e in entities
         ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["lines", "jsonl", "conll"])
+def test_memory_does_not_grow_with_the_input(model: str, tmp_path: Path, format: str) -> None:
+    def peak(num_texts: int) -> int:
+        path = tmp_path / "text"
+        with path.open("w", encoding="utf-8") as stream:
+            for number in range(num_texts):
+                text = f"{TEXT} {number}"
+                if format == "jsonl":
+                    text = json.dumps({"text": text})
+                elif format == "conll":
+                    text = "\n".join(["-DOCSTART-", "", *text.split(), ""])
+                stream.write(text + "\n")
+        with (tmp_path / "tagged").open("wb") as output:
+            command = ["--input_format", format, str(path)]
+            with start(model, *command, stdout=output) as process:
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return usage.ru_maxrss
+
+    assert peak(200_000) < 1.1 * peak(20_000)

@@ -316,9 +316,10 @@ def oracle(kind: str, content: bytes) -> list[list[Word]]:
         sentences = conll_oracle(lines)
     else:
         sentences = [
-            json_oracle(json.loads(line, object_pairs_hook=unique), number)
+            sentence
             for number, line in enumerate(lines, 1)
             if line.strip()
+            for sentence in json_oracle(json.loads(line, object_pairs_hook=unique), number)
         ]
     return [sentence for sentence in sentences if sentence]
 
@@ -342,33 +343,50 @@ def conll_oracle(lines: list[str]) -> list[list[Word]]:
     return sentences
 
 
-def json_oracle(record: dict[str, Any], number: int) -> list[Word]:
+def json_oracle(record: dict[str, Any], number: int) -> list[list[Word]]:
     if "tokens" not in record or "ner_tags" not in record:
-        return [Word(word, kind, number) for word, kind in span_oracle(**record)]
+        return [
+            [Word(word, kind, number) for word, kind in sentence]
+            for sentence in span_oracle(**record)
+        ]
     pairs = list(zip(record["tokens"], record["ner_tags"], strict=True))
     assert all(type(word) is str and type(tag) in (str, int) for word, tag in pairs)
     return [
-        Word(word, type_of(tag if isinstance(tag, str) else NAMES[tag]), number)
-        for word, tag in pairs
+        [
+            Word(word, type_of(tag if isinstance(tag, str) else NAMES[tag]), number)
+            for word, tag in pairs
+        ]
     ]
 
 
-def span_oracle(text: str, entities: list[dict[str, Any]], **_: Any) -> Iterator[tuple[str, Any]]:
-    """Words of a text, each with the one type that all its characters have."""
-    type_at: list[str | None] = [None] * len(text)
-    for entity in entities:
+def span_oracle(
+    text: str, entities: list[dict[str, Any]], **_: Any
+) -> list[list[tuple[str, str | None]]]:
+    """Words of a text, each with the one type that all its characters have, by sentence."""
+    entity_at: list[int | None] = [None] * len(text)
+    for number, entity in enumerate(entities):
         start, end = entity["start"], entity["end"]
         assert type(start) is int
         assert type(end) is int
         assert 0 <= start < end <= len(text)
-        assert type_at[start:end] == [None] * (end - start), "entities overlap"
-        type_at[start:end] = [entity["label"].strip()] * (end - start)
+        assert entity_at[start:end] == [None] * (end - start), "entities overlap"
+        entity_at[start:end] = [number] * (end - start)
     groups = [None if c.isspace() else k if is_alone(c) else -1 for k, c in enumerate(text)]
+    sentences: list[list[tuple[str, str | None]]] = [[]]
+    gap, before = "", None
     for group, positions in itertools.groupby(range(len(text)), groups.__getitem__):
-        if group is not None:
-            where = list(positions)
-            (kind,) = {type_at[k] for k in where}
-            yield "".join(text[k] for k in where), kind
+        where = list(positions)
+        characters = "".join(text[k] for k in where)
+        if group is None:
+            gap = characters
+            continue
+        (number,) = {entity_at[k] for k in where}
+        if gap.count("\n") > 1 and (number is None or number != before):
+            sentences.append([])
+        kind = None if number is None else entities[number]["label"].strip()
+        sentences[-1].append((characters, kind))
+        gap, before = "", number
+    return sentences
 
 
 @lru_cache(None)
