@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -242,7 +242,12 @@ def align_labels(
 
 
 def tokenize(
-    corpus: Corpus, tokenizer: Tokenizer, label_set: LabelSet, reading: Reading = CARD_READING
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    label_set: LabelSet,
+    reading: Reading = CARD_READING,
+    *,
+    warn: bool = True,
 ) -> TokenDataset:
     """Tokenises a corpus, aligns its labels and divides it into rows.
 
@@ -251,6 +256,7 @@ def tokenize(
         tokenizer: The model's tokenizer.
         label_set: The model's labels.
         reading: What a row is, and which tokens carry a label.
+        warn: Log what is longer than a row.
 
     Raises:
         DataError: The corpus has a tag that the labels lack, or does not tell documents apart that
@@ -263,7 +269,10 @@ def tokenize(
     for block in corpus.blocks():
         builder.add(block)
     dataset = builder.finish(corpus.type_names, label_set, reading.label_all_tokens)
-    return _divide(dataset, tokenizer, reading)[0]
+    dataset, warnings = _divide(dataset, tokenizer, reading)
+    if warn:
+        _log([*builder.warnings, *warnings])
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -355,6 +364,7 @@ def prepare_tokens(
     if label_set is None:
         label_set = labels_for(summary)
     dataset = builder.finish(reader.kinds, label_set, label_all_tokens)
+    _log(builder.warnings)
     return PreparedData(summary, dataset, (*reader.warnings, *builder.warnings))
 
 
@@ -367,7 +377,13 @@ def with_rows(prepared: PreparedData, tokenizer: Tokenizer, reading: Reading) ->
     """
     _check_documents(prepared.summary, reading)
     dataset, warnings = _divide(prepared.dataset, tokenizer, reading)
+    _log(warnings)
     return PreparedData(prepared.summary, dataset, (*prepared.warnings, *warnings))
+
+
+def _log(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        logger.warning("%s", warning)
 
 
 def _check_documents(corpus: Corpus | CorpusSummary, reading: Reading) -> None:
@@ -383,7 +399,7 @@ def _check_documents(corpus: Corpus | CorpusSummary, reading: Reading) -> None:
 def _divide(
     dataset: TokenDataset, tokenizer: Tokenizer, reading: Reading
 ) -> tuple[TokenDataset, list[str]]:
-    """The same tokens in the rows of a reading, and what was logged of them."""
+    """The same tokens in the rows of a reading, and what is worth a warning."""
     row_limit = tokenizer.row_limit(reading.max_seq_length)
     limit = row_limit - 2  # besides [CLS] and [SEP]
     rows = cut_rows(
@@ -401,7 +417,6 @@ def _divide(
             f"{dataset.source}: {rows.num_cut} sentences are longer than {row_limit} tokens; cut "
             f"between words into {rows.num_parts} overlapping rows, no word dropped"
         )
-        logger.warning("%s", warnings[0])
     return dataclasses.replace(dataset, rows=rows, reading=reading), warnings
 
 
@@ -499,7 +514,6 @@ class _DatasetBuilder:
     Attributes:
         num_sentences: So far.
         num_words: So far.
-        warnings: What `finish` found worth a warning.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, row_limit: int, scheme: str) -> None:
@@ -507,7 +521,6 @@ class _DatasetBuilder:
         self._scheme = scheme
         self.num_sentences = 0
         self.num_words = 0
-        self.warnings: list[str] = []
         self._tokenizer = tokenizer
         self._limit = row_limit - 2  # pieces of a word
         self._word_pieces = _WordPieces(tokenizer)
@@ -556,6 +569,17 @@ class _DatasetBuilder:
         kinds, counts = np.unique(block.types[block.prefixes == B], return_counts=True)
         self._entity_counts.update(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is worth a warning so far."""
+        if self._long_word is None:
+            return []
+        line, word = self._long_word
+        return [
+            f"{self.source}:{line}: a word of more than {self._limit} pieces ({word!r:.20}...); "
+            "its later pieces are not read"
+        ]
+
     def count_documents(self) -> int:
         """Number of documents so far."""
         return len(np.unique(self._documents.view()))
@@ -578,7 +602,6 @@ class _DatasetBuilder:
             DataError: There is a tag that the labels lack.
         """
         label_of = self._labels_of_tags(kinds, label_set)
-        self._warn_of_long_word()
         tags = self._tags.take()
         word_labels = np.empty(len(tags), dtype=label_of.dtype)
         for i in range(0, len(tags), _SLICE_TOKENS):
@@ -634,16 +657,6 @@ class _DatasetBuilder:
                     )
                 label_of[tag] = label
         return label_of
-
-    def _warn_of_long_word(self) -> None:
-        if self._long_word is not None:
-            line, word = self._long_word
-            self.warnings.append(
-                f"{self.source}:{line}: a word of more than {self._limit} pieces "
-                f"({word!r:.20}...); its later pieces are not read"
-            )
-        for warning in self.warnings:
-            logger.warning("%s", warning)
 
 
 _Number = TypeVar("_Number", int, IntArray)

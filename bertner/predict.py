@@ -230,7 +230,8 @@ class Tagger:
         ]
         documents = [keys[k] for k, _, _ in parts]
         corpus = _unlabelled(words, starts, documents)
-        dataset = tokenize(corpus, self.tokenizer, self.label_set, self.reading)
+        # That text is longer than a row is nothing to say each time that some is read.
+        dataset = tokenize(corpus, self.tokenizer, self.label_set, self.reading, warn=False)
         decisions = self._decide(dataset)
         spans = self.label_set.spans(decisions.labels, starts[:-1])
         types = [self.label_set.types[kind] for kind in spans.type]

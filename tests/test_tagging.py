@@ -135,6 +135,16 @@ def test_a_file_as_one_document(
     assert f"{path}:3: byte 0xff is not UTF-8" in run(capsys, *command, code=65)
 
 
+def test_nothing_is_said_of_long_text(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text((TEXT * 50 + "x" * 500 + "\n") * 3, encoding="utf-8")
+    assert predict_main(["--model", model, "--input_format", "lines", str(path)]) == 0
+    assert "longer than" not in caplog.text
+    assert "more than" not in caplog.text
+
+
 def test_json_lines_keep_what_else_they_hold(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
