@@ -305,8 +305,8 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
             help="leave entities out whose score is lower; several times for several types",
         )
         for name, meaning in (
-            ("precision", "of what is found so many are right"),
-            ("recall", "of what there is so many are found"),
+            ("precision", "so large a share of what is found is right"),
+            ("recall", "so large a share of what there is to find is found"),
         ):
             parser.add_argument(
                 f"--{name}",
@@ -314,7 +314,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
                 action="append",
                 default=[],
                 metavar="[TYPE=]SHARE",
-                help=f"the threshold at which {meaning}, by the model's calibration",
+                help=f"find the threshold at which {meaning}, by the model's calibration",
             )
         _add_fields(parser, [*_DECIDING, *_CONTEXT], "as trained")
         _add_machine_flags(parser)

@@ -270,6 +270,9 @@ def _pytest(arguments: list[str]) -> str | None:
         elif before == "-k":
             if not any(re.search(rf"def test_\w*{argument}", text) for text in texts):
                 return f"no test has {argument} in its name"
+        elif before == "-n":
+            if not argument.isdecimal():
+                return f"no number of processes: {argument}"
         elif not argument.startswith("-") and not (REPOSITORY / argument).exists():
             return f"no {argument}"
     return None
