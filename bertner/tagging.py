@@ -47,7 +47,8 @@ def run_prediction(options: argparse.Namespace) -> None:
         check_target(output_file, "output_file")
     device = find_device(options.device)
     products = kernels.choose_products(options.matmul, device, options.dtype)
-    logger.info("matrix products: %s", products)
+    if options.matmul != "auto":
+        logger.info("matrix products: %s", products)
     tagger = _load_tagger(options, device)
     documents = "none"
     if tagger.reading.context != "none":
