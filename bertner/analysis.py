@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bertner.corpus import Corpus, Sentences
-from bertner.labels import IntArray, LabelSet, Spans, find_spans, strict_spans
+from bertner.errors import UsageError
+from bertner.labels import IntArray, LabelSet, Spans, find_spans, from_iob2, strict_spans
 from bertner.metrics import EntityScores, Score, count_entities
 from bertner.significance import LEVEL, Difference, Intervals, bootstrap, compare
 
@@ -183,6 +184,19 @@ def _texts(sentences: Sentences, spans: Spans) -> list[tuple[str, ...]]:
     ]
 
 
+def bootstrap_unit(corpus: Corpus, wanted: str = "auto") -> str:
+    """See `Analysis.unit`."""
+    num_documents = corpus.num_documents if corpus.marks_documents else 0
+    if wanted == "auto":
+        return "document" if num_documents >= _MIN_DOCUMENTS else "sentence"
+    if wanted == "document" and num_documents < 2:
+        raise UsageError(
+            f"bootstrap_unit document: {corpus.source} does not tell documents apart (-DOCSTART- "
+            "lines, or a column document_id); draw sentences"
+        )
+    return wanted
+
+
 @dataclass(frozen=True)
 class Analysis:
     """A prediction held against a corpus.
@@ -223,11 +237,11 @@ class Analysis:
 
     def _scores(self, found: Spans, true: Spans) -> EntityScores:
         overall, per_type = count_entities(found, true, self.type_names)
-        # Whatever the schemes, tags are the same if they stand for the same.
-        is_begin = np.zeros((2, self.corpus.num_words), dtype=bool)
-        is_begin[0, self.true.start] = is_begin[1, self.found.start] = True
-        same = (self._true_types == self.prediction.types) & (is_begin[0] == is_begin[1])
-        return EntityScores(overall, per_type, _mean(same), self.corpus.num_words)
+        corpus, prediction = self.corpus, self.prediction
+        # Gold tags as the prediction's scheme has them, as for a model's loss.
+        prefixes = from_iob2(corpus.prefixes, corpus.types, corpus.starts[:-1], prediction.scheme)
+        same = (prefixes == prediction.prefixes) & (self._true_types == prediction.types)
+        return EntityScores(overall, per_type, _mean(same), corpus.num_words)
 
     @cached_property
     def _true_types(self) -> IntArray:
@@ -311,11 +325,11 @@ class Analysis:
 
         Args:
             wanted: One of them, or "auto" for documents if the data mark 30 or more.
+
+        Raises:
+            UsageError: There are no documents to draw.
         """
-        if wanted != "auto":
-            return wanted
-        enough = self.corpus.marks_documents and self.corpus.num_documents >= _MIN_DOCUMENTS
-        return "document" if enough else "sentence"
+        return bootstrap_unit(self.corpus, wanted)
 
     def units(self, unit: str) -> IntArray:
         """(num_sentences,) number of the document or sentence that each sentence is."""

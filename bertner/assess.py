@@ -17,19 +17,20 @@ from bertner.analysis import (
     Inventory,
     Prediction,
     analyse,
+    bootstrap_unit,
     compare_analyses,
     take_inventory,
 )
 from bertner.calibration import FILE as CALIBRATION
 from bertner.corpus import Corpus
 from bertner.data import tokenize
-from bertner.errors import ModelError, UsageError, visible
+from bertner.errors import DataError, ModelError, UsageError, visible
 from bertner.evaluation import Evaluation, evaluate
 from bertner.files import check_target, read_json, write_json
 from bertner.html_report import write_report
 from bertner.hub import find_model
 from bertner.model import BertForNER
-from bertner.outcome import calibrate, full_analysis, with_confidence
+from bertner.outcome import MIN_ENTITIES, calibrate, full_analysis, with_confidence
 from bertner.output_dir import RECORD
 from bertner.parts import columns_of, find_device, reading_of
 from bertner.predict import find_calibration
@@ -44,6 +45,9 @@ logger = logging.getLogger("bertner")
 # Sentences in which two models differ that the terminal shows.
 _NUM_EXAMPLES = 5
 
+# What no model is called, but files of predictions are.
+_DATA_SUFFIXES = {".txt", ".conll", ".tsv", ".iob", ".bio", ".json", ".jsonl", ".parquet"}
+
 
 def run_evaluation(options: argparse.Namespace) -> None:
     """`bertner-eval`: what the flags ask for, as tables and in files.
@@ -55,10 +59,11 @@ def run_evaluation(options: argparse.Namespace) -> None:
         raise UsageError("give a model (--model) or a file of predictions (--predictions)")
     if options.calibrate and (options.model is None or not Path(options.model).is_dir()):
         raise UsageError("calibrate needs --model with a folder, into which it writes")
-    for flag in ("conlleval", "report", "output_file"):
-        if path := getattr(options, flag):
-            check_target(Path(path), flag)
+    _check_targets(options)
     corpus, prediction = _read_data(options)
+    bootstrap_unit(corpus, options.bootstrap_unit)
+    if options.compare is not None and not _is_file(options.compare):
+        find_model(options.compare)  # before minutes of work
     evaluation: Evaluation | None = None
     confidence: dict[str, Any] = {}
     if prediction is None:
@@ -107,6 +112,32 @@ def run_evaluation(options: argparse.Namespace) -> None:
         )
 
 
+def _check_targets(options: argparse.Namespace) -> None:
+    """Asks whether all files can be written, and that none of them is lost to another."""
+    taken: dict[Path, str] = {}
+    for flag in ("file", "predictions", "compare", "train_file"):
+        if path := getattr(options, flag):
+            taken[Path(path).resolve()] = flag
+    for flag in ("conlleval", "report", "output_file"):
+        if path := getattr(options, flag):
+            check_target(Path(path), flag)
+            other = taken.setdefault(Path(path).resolve(), flag)
+            if other != flag:
+                raise UsageError(f"{flag} {path} would replace {other}; name another file")
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name is that of predictions, in a file or a pipe, and not of a model.
+
+    Raises:
+        DataError: It can only be a file, but there is none.
+    """
+    path = Path(name)
+    if not path.exists() and path.suffix in _DATA_SUFFIXES:
+        raise DataError("no such file; check the path", path)
+    return path.exists() and not path.is_dir()
+
+
 def _read_data(options: argparse.Namespace) -> tuple[Corpus, Prediction | None]:
     """The annotated data, and the prediction if it is in a file."""
     columns = columns_of(options)
@@ -123,7 +154,7 @@ def _read_data(options: argparse.Namespace) -> tuple[Corpus, Prediction | None]:
 
 def _other_analysis(options: argparse.Namespace, corpus: Corpus) -> Analysis:
     """What --compare names: a file of predictions, or a model."""
-    if Path(options.compare).is_file():
+    if _is_file(options.compare):
         return analyse(corpus, read_predictions(options.compare, corpus, columns_of(options)))
     without = argparse.Namespace(**{**vars(options), "calibrate": False})
     return _assess_model(without, options.compare, corpus)[0]
@@ -148,7 +179,13 @@ def _assess_model(
             corpus.source,
         )
         reading = dataclasses.replace(reading, context="none")
-    label_set = dataclasses.replace(model.label_set, given_scheme=options.scheme)
+    label_set = model.label_set
+    if options.scheme is not None:
+        if not label_set.may_be(options.scheme):
+            raise UsageError(
+                f"scheme {options.scheme}: the model's labels are {label_set.scheme}; leave it out"
+            )
+        label_set = dataclasses.replace(label_set, given_scheme=options.scheme)
     calibration = None if options.calibrate else find_calibration(source.folder, model, reading)
     dataset = tokenize(corpus, tokenizer, label_set, reading)
     with progress_bar(len(dataset), " rows", "evaluate", show=True) as bar:
@@ -164,6 +201,12 @@ def _assess_model(
     analysis = analyse(corpus, Prediction.of_labels(evaluation.word_predictions, label_set))
     if options.calibrate:
         calibration = calibrate(analysis, evaluation, model, reading)
+        if calibration is None:
+            raise DataError(
+                f"the model finds {len(analysis.found)} entities, too few to calibrate on; give "
+                f"data in which it finds {MIN_ENTITIES} or more",
+                corpus.source,
+            )
         calibration.save(source.folder)
         logger.info("%s: calibrated on %s", source.folder / CALIBRATION, corpus.source)
     analysis, confidence = with_confidence(

@@ -261,6 +261,7 @@ def eval_main(arguments: Sequence[str] | None = None) -> int:
 
 def predict_main(arguments: Sequence[str] | None = None) -> int:
     """`bertner-predict`."""
+    can_print = sys.stdout is not None
 
     def command() -> None:
         parser = _Parser(
@@ -294,6 +295,11 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--text_column_name", default="tokens", help="key of words in JSON")
         parser.add_argument(
+            "--document_column_name",
+            help="with context, key of what tells documents apart in JSON (default: document_id or "
+            "doc_id, if there is one)",
+        )
+        parser.add_argument(
             "--labels", type=_names, help="entity types to find, such as PER,LOC (default: all)"
         )
         parser.add_argument(
@@ -319,6 +325,8 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
         _add_fields(parser, [*_DECIDING, *_CONTEXT], "as trained")
         _add_machine_flags(parser)
         options = parser.parse_args(arguments)
+        if options.output_file is None and not can_print:
+            raise UsageError("there is no standard output; name --output_file")
         from bertner.tagging import run_prediction
 
         run_prediction(options)
@@ -388,7 +396,10 @@ def _bound(text: str) -> tuple[str, float]:
 
 
 def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise argparse.ArgumentTypeError("names no type")
+    return names
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -414,6 +425,9 @@ class _Formatter(logging.Formatter):
 
 def _guarded(program: str, command: Callable[[], None]) -> int:
     """Runs a command; what a user can cause ends in a line on stderr and an exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before we began
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     logger = logging.getLogger("bertner")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"{program}: %(message)s"))

@@ -120,6 +120,10 @@ class LabelSet:
         inside = set(self.type_of[self.prefix_of == I].tolist())
         return "IOB1" if len(inside - begun) > len(begun - inside) else "IOB2"
 
+    def may_be(self, scheme: str) -> bool:
+        """Whether the names may be those of a scheme: IOB1 can have the same as IOB2."""
+        return scheme == self.scheme or (scheme, self.scheme) == ("IOB1", "IOB2")
+
     def transitions(self, scheme: str | None = None) -> BoolArray:
         """(num_labels, num_labels) whether [before, after] may stand side by side in a sentence.
 

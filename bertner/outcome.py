@@ -29,6 +29,8 @@ from bertner.predict import fingerprint_of
 
 logger = logging.getLogger("bertner")
 
+MIN_ENTITIES = 10  # that a calibration is fitted on
+
 
 def assess_run(
     config: TrainConfig, parts: Parts, evaluations: Mapping[str, Evaluation], folder: Path
@@ -65,7 +67,15 @@ def assess_run(
         analysis = analyse(corpus, Prediction.of_labels(evaluation.word_predictions, label_set))
         if split == "validation":
             calibration = calibrate(analysis, evaluation, parts.model, config.reading)
-            calibration.save(folder)
+            if calibration is None:
+                logger.warning(
+                    "scores of entities are not calibrated: of %d or more that the model finds in "
+                    "the validation data it finds %d",
+                    MIN_ENTITIES,
+                    len(analysis.found),
+                )
+            else:
+                calibration.save(folder)
         analysis, values = with_confidence(
             analysis, evaluation, calibration, is_fitted_on=split == "validation"
         )
@@ -103,7 +113,7 @@ def full_analysis(
 
 def calibrate(
     analysis: Analysis, evaluation: Evaluation, model: BertForNER, reading: Reading
-) -> Calibration:
+) -> Calibration | None:
     """Fits the confidence of entities to how often they are right.
 
     Args:
@@ -111,7 +121,12 @@ def calibrate(
         evaluation: With the probabilities of words.
         model: Of which it is.
         reading: How it read.
+
+    Returns:
+        The calibration; None on fewer than `MIN_ENTITIES` predicted entities, which say nothing.
     """
+    if len(analysis.found) < MIN_ENTITIES:
+        return None
     names = analysis.type_names
     num_gold = dict.fromkeys(names, 0)
     num_gold.update({name: score.num_gold for name, score in analysis.word.per_type.items()})

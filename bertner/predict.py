@@ -70,9 +70,9 @@ class Text:
     document: object = None
 
     @classmethod
-    def of(cls, text: str) -> Text:
+    def of(cls, text: str, document: object = None) -> Text:
         """Running text."""
-        return cls(text, split_words(text))
+        return cls(text, split_words(text), document)
 
     @classmethod
     def of_words(cls, words: Sequence[str], document: object = None) -> Text:

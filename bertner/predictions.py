@@ -31,9 +31,10 @@ def read_predictions(
     """Reads what somebody predicted of a corpus.
 
     Args:
-        path: An annotated file. It must have the words of the corpus in their order; where it
-            divides the same characters into other words or sentences, as text that is tagged by
-            `bertner-predict` may be, entities must begin and end with words of the corpus.
+        path: An annotated file; of JSON objects with both, the entities and not the tags are what
+            was predicted, as `bertner-predict` writes them. It must have the words of the corpus in
+            their order, as columns can hold them; where it divides the same characters into other
+            words or sentences, entities must begin and end with words of the corpus.
         corpus: The data.
         columns: What `read_file` is told of the columns of JSON or parquet.
 
@@ -41,13 +42,13 @@ def read_predictions(
         DataError: The file cannot be read, or is of other words; says where.
         StorageError: The disk fails.
     """
-    said = read_file(path, **(columns or {}))
+    said = read_file(path, **(columns or {}), entities_first=True)
     prefixes, types, scheme = said.raw_prefixes, said.types, said.scheme
-    if said.words != corpus.words or not np.array_equal(said.starts, corpus.starts):
+    if not (np.array_equal(said.starts, corpus.starts) and _are_same(said.words, corpus.words)):
         prefixes, types = _carried_over(said, corpus)
         scheme = "IOB2"
     confidence = None
-    if file_format(Path(path)) == "json":
+    if file_format(Path(path)) == "json" and Path(path).is_file():  # a pipe gives its words once
         num_entities = len(find_spans(prefixes, types, corpus.starts[:-1]))
         confidence = _read_scores(path, num_entities)
     return Prediction(prefixes, types, said.type_names, scheme, confidence)
@@ -103,6 +104,11 @@ def column_of(text: str) -> str:
     return "_DOCSTART_" if text == "-DOCSTART-" else text
 
 
+def _are_same(words: Sequence[str], ours: Sequence[str]) -> bool:
+    """Whether words are ours, or what stands for them in columns."""
+    return all(a == b or a == column_of(b) for a, b in zip(words, ours, strict=True))
+
+
 def _carried_over(said: Corpus, corpus: Corpus) -> tuple[IntArray, IntArray]:
     """(prefixes, types) of the corpus' words, for tags of the same characters cut otherwise."""
     ours, theirs = _Characters(corpus), _Characters(said)
@@ -112,13 +118,20 @@ def _carried_over(said: Corpus, corpus: Corpus) -> tuple[IntArray, IntArray]:
         where, word = ours.word_at(at)
         line, other = theirs.word_at(at)
         raise DataError(
-            f"has {short(other)} where {corpus.source}:{where} has {short(word)}; predictions must "
-            "be of the same words in the same order",
+            f"{other} where {corpus.source}:{where} {word}; predictions must be of the same words "
+            "in the same order",
             said.source,
             line,
         )
     spans = find_spans(said.prefixes, said.types, said.starts[:-1])
     begin, end = theirs.starts[spans.start], theirs.ends[spans.end - 1]
+    if np.any(begin == end):
+        raise DataError(
+            "an entity of nothing but white space, which is no word of the data; predict on the "
+            "words of that file",
+            said.source,
+            int(said.lines[spans.start[np.argmax(begin == end)]]),
+        )
     first = np.searchsorted(ours.ends, begin, side="right")
     last = np.searchsorted(ours.ends, end, side="left")
     sentence = np.searchsorted(corpus.starts, first, side="right")
@@ -156,18 +169,20 @@ class _Characters:
         self.starts = np.append(0, self.ends[:-1])
 
     def word_at(self, place: int) -> tuple[int, str]:
-        """Line and text of the word that a character is in; of the last one, after the end."""
+        """Line of the word that a character is in, and that it is there; or that all ends there."""
         word = min(int(np.searchsorted(self.ends, place, side="right")), len(self.ends) - 1)
-        ended = "the end" if place >= len(self.text) else self.corpus.words[word]
-        return int(self.corpus.lines[word]), ended
+        verb = "ends after" if place >= len(self.text) else "has"
+        return int(self.corpus.lines[word]), f"{verb} {short(self.corpus.words[word])}"
 
 
 def _read_scores(path: str | Path, num_entities: int) -> NDArray[np.float64] | None:
     """(num_entities,) the scores in a file of `bertner-predict`; None if it is none."""
     scores: list[float] = []
     for line in read_lines(path):
-        entities = json.loads(line).get("entities", []) if line.strip() else []
-        for entity in sorted(entities, key=lambda entity: int(entity["start"])):
+        record = json.loads(line) if line.strip() else {"text": "", "entities": []}
+        if "text" not in record or "entities" not in record:
+            return None
+        for entity in sorted(record["entities"], key=lambda entity: int(entity["start"])):
             score = entity.get("score")
             if not isinstance(score, int | float) or not 0 <= score <= 1:
                 return None

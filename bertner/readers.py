@@ -44,11 +44,14 @@ class Columns:
         text: The words.
         label: The tags.
         document: What tells documents apart; None for `document_id` or `doc_id`, if there is one.
+        entities_first: Of a JSON object with words and tags, and with a text and its entities too,
+            read the latter.
     """
 
     text: str
     label: str
     document: str | None
+    entities_first: bool = False
 
     def find_document(
         self, names: Iterable[str], source: str, line: int | None = None
@@ -78,6 +81,7 @@ def read_file(
     document_column: str | None = None,
     label_names: Sequence[str] | None = None,
     tag_column: int = -1,
+    entities_first: bool = False,
 ) -> Corpus:
     """Reads an annotated file; its ending tells the format.
 
@@ -89,6 +93,8 @@ def read_file(
             `doc_id`, if there is one.
         label_names: Names of tags that are integers.
         tag_column: Of CoNLL columns the one of the tags, counted from the last, which is -1.
+        entities_first: Of a JSON object with words and tags, and with a text and its entities too,
+            read the latter.
 
     Raises:
         DataError: The file is missing, damaged, or breaks its format; says where and how to fix it.
@@ -101,6 +107,7 @@ def read_file(
         document_column=document_column,
         label_names=label_names,
         tag_column=tag_column,
+        entities_first=entities_first,
     ).read()
 
 
@@ -112,12 +119,13 @@ def open_file(
     document_column: str | None = None,
     label_names: Sequence[str] | None = None,
     tag_column: int = -1,
+    entities_first: bool = False,
 ) -> CorpusStream:
     """What `read_file` reads, to be read in blocks; errors are raised while it is."""
     path = Path(path)
     builder = CorpusBuilder(str(path), label_names)
     digest = hashlib.sha256()
-    columns = Columns(text_column, label_column, document_column)
+    columns = Columns(text_column, label_column, document_column, entities_first)
     sentences: Iterator[RawSentence]
     kind = file_format(path)
     if kind == "parquet":
@@ -277,12 +285,14 @@ def _json_sentences(
         if not line.strip():
             continue
         record = parse_record(line, builder.source, number)
-        if text_column in record and label_column in record:
+        has_entities = "text" in record and "entities" in record
+        has_tags = text_column in record and label_column in record
+        if has_tags and not (has_entities and columns.entities_first):
             words, tags = record[text_column], record[label_column]
             _check_columns(words, tags, builder, number, text_column, label_column)
             tags = _named_tags(tags, builder, number)
             sentences = [(words, tags)]
-        elif "text" in record and "entities" in record:
+        elif has_entities:
             spans = split_words(_checked_text(record["text"], builder, number))
             tags = _tags_from_entities(record, spans, builder, number)
             sentences = list(_text_sentences(record["text"], spans, tags))
@@ -299,7 +309,7 @@ def _json_sentences(
         document = 0
         if column is not None:
             value = record.get(column)
-            (document,) = _number_documents([value], document_of, column, builder.source, number)
+            (document,) = number_documents([value], document_of, column, builder.source, number)
         for words, tags in sentences:
             yield document, words, tags, [number] * len(words)
 
@@ -555,7 +565,7 @@ def _table_sentences(
         documents: list[int] = [0] * part.num_rows
         if document_column is not None:
             values = _values(part, document_column, source)
-            documents = _number_documents(values, document_of, document_column, source)
+            documents = number_documents(values, document_of, document_column, source)
         records = zip(
             documents,
             _values(part, text_column, source),
@@ -605,7 +615,7 @@ def _values(table: Any, column: str, source: str) -> list[Any]:
     return values
 
 
-def _number_documents(
+def number_documents(
     values: Sequence[Any],
     document_of: dict[Any, int],
     column: str,

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from bertner.corpus import split_sentences
 from bertner.errors import visible
 from bertner.html_report import style_sheet
 from bertner.predict import Entity, word_ranges
@@ -105,6 +106,9 @@ class Writer:
             "\t" if any(" " in column or not column for row in rows for column in row) else " "
         )
         lines = [separator.join([*row, tag]) for row, tag in zip(rows, tags, strict=True)]
+        if not item.rows:
+            for first, _ in reversed(split_sentences(text.text, text.words)[1:]):
+                lines.insert(first, "")
         heading = []
         if item.heading:  # conlleval wants as many columns in all lines
             missing = ["O"] * (len(rows[0]) - len(item.heading))

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +17,7 @@ from typing import NoReturn
 import torch
 
 from bertner import kernels
+from bertner.calibration import Calibration
 from bertner.errors import UsageError
 from bertner.files import check_target, replace_file
 from bertner.hub import find_model
@@ -45,6 +46,8 @@ def run_prediction(options: argparse.Namespace) -> None:
     output_file = None if options.output_file is None else Path(options.output_file)
     if output_file is not None:
         check_target(output_file, "output_file")
+        if output_file.resolve() in [Path(file).resolve() for file in files]:
+            raise UsageError(f"output_file {output_file} would replace what is read; name another")
     device = find_device(options.device)
     products = kernels.choose_products(options.matmul, device, options.dtype)
     if options.matmul != "auto":
@@ -66,7 +69,11 @@ def run_prediction(options: argparse.Namespace) -> None:
         def items() -> Iterator[Item | None]:
             for path in files:
                 yield from read_items(
-                    path, options.input_format, options.text_column_name, documents
+                    path,
+                    options.input_format,
+                    text_column=options.text_column_name,
+                    document_column=options.document_column_name,
+                    documents=documents,
                 )
 
         with closing(_pieces(tagger, items(), writer, bar.update)) as pieces:
@@ -84,25 +91,6 @@ def _load_tagger(options: argparse.Namespace, device: torch.device) -> Tagger:
     model = BertForNER.from_pretrained(source.folder).to(device)
     reading = reading_of(options, model.config)
     calibration = find_calibration(source.folder, model, reading)
-    thresholds: dict[str, float] = {}
-    for wanted, values in (("precision", options.precision), ("recall", options.recall)):
-        for name, value in values:
-            if calibration is None:
-                raise UsageError(
-                    f"{wanted} needs a calibration in the model's folder; make one with "
-                    "bertner-eval --calibrate --file ANNOTATED"
-                )
-            for kind in [name] if name else model.label_set.types:
-                point = calibration.threshold_for(kind, **{wanted: value})
-                thresholds[kind] = point.threshold
-                logger.info(
-                    "%s: threshold %.3f, precision %.3f and recall %.3f on %s",
-                    kind,
-                    point.threshold,
-                    point.score.precision,
-                    point.score.recall,
-                    calibration.source,
-                )
     return Tagger(
         model,
         Tokenizer.from_pretrained(source.folder, model.config),
@@ -112,8 +100,47 @@ def _load_tagger(options: argparse.Namespace, device: torch.device) -> Tagger:
         reading=reading,
         calibration=calibration,
         labels=options.labels,
-        threshold={**thresholds, **dict(options.threshold)},
+        threshold=_thresholds(options, model.label_set.types, calibration),
     )
+
+
+def _thresholds(
+    options: argparse.Namespace, types: Sequence[str], calibration: Calibration | None
+) -> dict[str, float]:
+    """The threshold of each type that is looked for.
+
+    What is said of a type goes before what is said of all, whatever the flag.
+    """
+    wanted: dict[str, tuple[str, float]] = {}  # by type; "" is for those that are not named
+    for flag in ("threshold", "precision", "recall"):
+        for name, value in getattr(options, flag):
+            other, _ = wanted.get(name, (flag, value))
+            if other != flag:
+                raise UsageError(f"{name or 'all types'}: give {other} or {flag}, not both")
+            wanted[name] = flag, value
+    of_others = wanted.pop("", ("threshold", 0.0))
+    wanted = {**dict.fromkeys(options.labels or types, of_others), **wanted}
+    thresholds = {}
+    for kind, (flag, value) in wanted.items():
+        thresholds[kind] = value
+        if flag == "threshold":
+            continue
+        if calibration is None:
+            raise UsageError(
+                f"{flag} needs a calibration in the model's folder; make one with "
+                "bertner-eval --calibrate --file ANNOTATED"
+            )
+        point = calibration.threshold_for(kind, **{flag: value})
+        thresholds[kind] = point.threshold
+        logger.info(
+            "%s: threshold %.3f, precision %.3f and recall %.3f on %s",
+            kind,
+            point.threshold,
+            point.score.precision,
+            point.score.recall,
+            calibration.source,
+        )
+    return thresholds
 
 
 def _pieces(

@@ -19,10 +19,12 @@ from bertner.errors import DataError, UsageError
 from bertner.files import json_object
 from bertner.predict import Text
 from bertner.readers import (
+    Columns,
     begins_document,
     check_characters,
     decode,
     decode_lines,
+    number_documents,
     parse_record,
     read_lines,
     read_text,
@@ -57,7 +59,12 @@ class Item:
 
 
 def read_items(
-    path: str, format: str, text_column: str = "tokens", documents: str = "marked"
+    path: str,
+    format: str,
+    *,
+    text_column: str = "tokens",
+    document_column: str | None = None,
+    documents: str = "marked",
 ) -> Iterator[Item | None]:
     """Reads the texts of a file, one after another.
 
@@ -67,8 +74,11 @@ def read_items(
             `.jsonl` are JSON lines, `.conll` is CoNLL columns, and all else is lines, unless a file
             begins with a `-DOCSTART-` line or rows whose last column holds a tag.
         text_column: Key of the words in JSON lines.
-        documents: Whether sentences of CoNLL columns are of one document up to a `-DOCSTART-`:
-            "none"; "marked": if the file has such lines, else it is warned; "needed": it has to.
+        document_column: Key of what tells documents apart in JSON lines; None for `document_id` or
+            `doc_id`, if there is one.
+        documents: Whether sentences are read as parts of documents, which `-DOCSTART-` lines or
+            that key tell apart: "none"; "marked": if the file does so, else it is warned; "needed":
+            it has to. A text in JSON lines can be a document of its own.
 
     Yields:
         Texts; and None where standard input has nothing more for now.
@@ -88,7 +98,8 @@ def read_items(
     if format == "document":
         yield Item(Text.of(_whole(path, name)))
     elif format == "jsonl":
-        yield from _json_items(lines, name, text_column)
+        columns = Columns(text_column, "", document_column)
+        yield from _json_items(lines, name, columns, documents)
     elif format == "conll":
         yield from _conll_items(lines, name, documents)
     else:
@@ -165,8 +176,11 @@ _JSON = json.JSONDecoder(
 
 
 def _json_items(
-    lines: Iterable[str | None], source: str, text_column: str
+    lines: Iterable[str | None], source: str, columns: Columns, documents: str
 ) -> Iterator[Item | None]:
+    of_file = object()  # the same document elsewhere is another one
+    column: str | None = None
+    is_first = True
     for number, line in _numbered(lines):
         if line is None:
             yield None
@@ -174,16 +188,27 @@ def _json_items(
         if not line.strip():
             continue
         record = parse_record(line, source, number, _JSON)
-        text, words = record.get("text"), record.get(text_column)
+        if is_first:
+            if documents != "none":
+                column = columns.find_document(record, source, number)
+            is_first = False
+        document = None
+        if column is not None and record.get(column) is not None:
+            number_documents([record[column]], {}, column, source, number)  # refuses lists
+            document = of_file, record[column]
+        text, words = record.get("text"), record.get(columns.text)
         if isinstance(text, str):
             check_characters(text, source, number)
-            yield Item(Text.of(text), record)
+            yield Item(Text.of(text, document), record)
         elif isinstance(words, list) and all(isinstance(word, str) for word in words):
             check_characters("".join(words), source, number)
-            yield Item(Text.of_words(words), record)
+            if column is None and documents != "none":
+                _check_documents(source, documents)
+                documents = "none"
+            yield Item(Text.of_words(words, document), record)
         else:
             raise DataError(
-                f"needs 'text', a string, or {text_column!r}, a list of words, but is "
+                f"needs 'text', a string, or {columns.text!r}, a list of words, but is "
                 f"{short(record)} (--text_column_name names another key)",
                 source,
                 number,
@@ -197,6 +222,7 @@ def _columns(row: str) -> list[str]:
 
 def _conll_items(lines: Iterable[str | None], source: str, documents: str) -> Iterator[Item | None]:
     """Sentences of words, the first column; see `read_items` for their documents."""
+    of_file = object()  # the same file may be given twice
     rows: list[list[str]] = []
     heading: list[str] = []
     document = num_columns = 0
@@ -204,7 +230,7 @@ def _conll_items(lines: Iterable[str | None], source: str, documents: str) -> It
     def sentence() -> Item:
         words = [row[0] for row in rows]
         is_part = document > 0 and documents != "none"
-        text = Text.of_words(words, (source, document) if is_part else None)
+        text = Text.of_words(words, (of_file, document) if is_part else None)
         return Item(text, rows=list(rows), heading=list(heading))
 
     for number, line in _numbered(lines):
@@ -246,15 +272,15 @@ def _conll_items(lines: Iterable[str | None], source: str, documents: str) -> It
 
 
 def _check_documents(source: str, documents: str) -> None:
-    """A sentence came before any -DOCSTART-."""
+    """There are sentences, but nothing that tells their documents apart."""
     if documents == "needed":
         raise DataError(
             "does not say where documents begin, which --context document needs: begin with a "
-            "-DOCSTART- line, or give --context none",
+            "-DOCSTART- line, or give each record a document_id, or give --context none",
             source,
         )
     logger.warning(
-        "%s does not begin with a -DOCSTART- line, so each sentence is read alone; the model was "
-        "trained to read their neighbours too",
+        "%s does not say where documents begin (-DOCSTART- lines, or document_id in JSON), so each "
+        "sentence is read alone; the model was trained to read their neighbours too",
         source,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,82 @@ def test_what_cannot_be_written_is_told_before_any_work(
     assert pipe.is_fifo()
     assert eval_main([*command, str(tmp_path / "no folder" / "file")]) == 74
     assert "cannot be written: no such folder" in capsys.readouterr().err
+
+
+def test_what_would_be_lost_to_another_file_is_told(
+    gold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--predictions", str(gold), "--file", str(gold)]
+    content, page = gold.read_bytes(), str(tmp_path / "page")
+    for flags, message in (
+        (["--conlleval", str(gold)], f"conlleval {gold} would replace predictions"),
+        (["--report", page, "--output_file", page], f"output_file {page} would replace report"),
+    ):
+        assert eval_main([*command, *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert gold.read_bytes() == content
+
+
+def test_flags_that_do_not_fit_the_data_or_the_model(
+    model_folder: Path, gold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--model", str(make_model(model_folder)), "--file", str(gold)]
+    assert eval_main([*command, "--scheme", "BIOES"]) == 2
+    assert "scheme BIOES: the model's labels are IOB2" in capsys.readouterr().err
+    assert eval_main([*command, "--bootstrap_unit", "document"]) == 2
+    assert "does not tell documents apart" in capsys.readouterr().err
+    assert eval_main([*command, "--compare", str(tmp_path / "missing.txt")]) == 65
+    assert "missing.txt: no such file" in capsys.readouterr().err
+    assert eval_main([*command, "--compare", "none/such"]) == 74
+    output = capsys.readouterr()
+    assert "evaluate" not in output.err, "before minutes of work"
+    assert output.out == ""
+
+
+def test_predictions_to_compare_may_come_in_a_pipe(
+    model_folder: Path, gold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(gold.read_bytes()))
+    writer.start()
+    command = ["--predictions", str(gold), "--file", str(gold), "--compare", str(pipe)]
+    assert eval_main(command) == 0
+    writer.join()
+    assert "0 sentences differ" in capsys.readouterr().out
+
+
+def test_too_few_entities_do_not_replace_a_calibration(
+    model_folder: Path, gold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(model_folder)
+    command = ["--model", str(model), "--calibrate", "--file"]
+    assert eval_main([*command, str(gold)]) == 0
+    before = (model / "calibration.json").read_bytes()
+    few = tmp_path / "few.txt"
+    few.write_text("Paris B-LOC\n", encoding="utf-8")
+    assert eval_main([*command, str(few)]) == 65
+    assert "too few to calibrate on" in capsys.readouterr().err
+    assert (model / "calibration.json").read_bytes() == before
+
+
+def test_the_accuracy_of_a_file_is_that_of_the_model(
+    model_folder: Path, gold: Path, tmp_path: Path
+) -> None:
+    scores, columns = tmp_path / "scores.json", tmp_path / "columns.txt"
+    command = ["--output_file", str(scores)]
+    names = ["O", *(f"{prefix}-{kind}" for kind in ("PER", "LOC", "ORG") for prefix in "BIES")]
+    for labels in (LABELS, dict(enumerate(names))):
+        model = make_model(model_folder, labels)
+        of_model = ["--model", str(model), "--file", str(gold), "--conlleval", str(columns)]
+        assert eval_main([*of_model, *command]) == 0
+        values = json.loads(scores.read_text())
+        assert values["analysis"]["levels"]["word"]["accuracy"] == values["word_accuracy"] < 1
+        if labels is not LABELS:
+            continue  # in columns, tags of a model that knows nothing may be of any scheme
+        assert eval_main(["--predictions", str(columns), *command]) == 0
+        said = json.loads(scores.read_text())
+        assert said["word_accuracy"] == values["word_accuracy"]
+        rows = [line.split() for line in columns.read_text().splitlines() if line]
+        same = sum(row[-1] == row[-2] for row in rows) / len(rows)
+        assert same == pytest.approx(values["word_accuracy"])

@@ -18,7 +18,7 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from bertner import files, parts, run
+from bertner import files, outcome, parts, run
 from bertner.calibration import load
 from bertner.cli import eval_main, parse_train_config, predict_main, train_main
 from bertner.config import TrainConfig
@@ -147,6 +147,19 @@ def test_what_stands_in_the_way_of_a_report_is_said_and_no_reason_to_fail(
     assert train_main([*arguments, *again]) == 0
     assert "validation.txt cannot be read again" in capsys.readouterr().err
     assert not (tmp_path / "out" / "calibration.json").exists()
+
+
+def test_too_few_entities_make_no_calibration(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(outcome, "MIN_ENTITIES", 10_000)
+    assert train_main([*arguments, "--report", "--max_steps", "3"]) == 0
+    assert "are not calibrated: of 10000 or more" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "calibration.json").exists()
+    assert "not calibrated" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_transformers_uses_the_folder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -245,7 +246,7 @@ def test_columns_are_read_with_their_neighbours_or_alone(
     values = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**values, "bertner_reading": {"context": "document"}}), "utf-8")
     assert predict_main(command) == 0
-    assert "text.conll does not begin with a -DOCSTART- line" in capsys.readouterr().err
+    assert "text.conll does not say where documents begin" in capsys.readouterr().err
 
 
 def test_a_long_document_is_not_gathered_for_a_model_that_reads_sentences(tmp_path: Path) -> None:
@@ -258,6 +259,82 @@ def test_a_long_document_is_not_gathered_for_a_model_that_reads_sentences(tmp_pa
 
     assert parts("marked") == [5000]
     assert max(parts("none")) < 2000
+
+
+def test_json_lines_are_read_with_their_neighbours(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentences = [["Mary", "Poe"], ["Paris"], ["said"], ["London", "is"]] * 5
+    columns = tmp_path / "text.conll"
+    content = "".join(
+        ("" if k % 10 else "-DOCSTART-\n\n") + "\n".join(words) + "\n\n"
+        for k, words in enumerate(sentences)
+    )
+    columns.write_text(content, encoding="utf-8")
+    context = ["--context", "document"]
+
+    def scores(path: Path, *flags: str) -> list[object]:
+        lines = records(run(capsys, "--model", model, *context, *flags, str(path)))
+        return [line["entities"] for line in lines]
+
+    expected = scores(columns)
+    assert scores(columns, str(columns)) == expected * 2, "given twice, they are two documents"
+    path = tmp_path / "text.jsonl"
+
+    def write(key: str) -> None:
+        lines = [{"tokens": words, key: k // 10} for k, words in enumerate(sentences)]
+        path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    write("document_id")
+    assert scores(path) == expected
+    write("page")
+    assert scores(path, "--document_column_name", "page") == expected
+    error = run(capsys, "--model", model, *context, str(path), code=65)
+    assert "does not say where documents begin" in error
+    # A text can be a document.
+    path.write_text(json.dumps({"text": "Mary Poe\n\nParis"}), encoding="utf-8")
+    assert len(scores(path)) == 1
+    path.write_text(json.dumps({"tokens": ["a"], "doc_id": [1]}), encoding="utf-8")
+    error = run(capsys, "--model", model, *context, str(path), code=65)
+    assert "text.jsonl:1: column 'doc_id' must hold one string or integer" in error
+
+
+def test_columns_of_text_have_its_blank_lines(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("Mary Poe\n\n \nParis\nof\n\nLondon\n", encoding="utf-8")
+    command = ["--model", model, "--input_format", "document", "--output_format", "conll"]
+    lines = run(capsys, *command, str(path)).split("\n")
+    assert [line.split(" ")[0] for line in lines] == [
+        *["Mary", "Poe", "", "Paris", "of", "", "London", "", ""]
+    ]
+
+
+def test_what_is_read_is_not_replaced(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("Paris\n", encoding="utf-8")
+    error = run(capsys, "--model", model, str(path), "--output_file", str(path), code=2)
+    assert "would replace what is read" in error
+    assert path.read_text(encoding="utf-8") == "Paris\n"
+
+
+def test_closed_streams(model: str, tmp_path: Path) -> None:
+    path, output = tmp_path / "text.txt", tmp_path / "out.jsonl"
+    path.write_text("Paris\n", encoding="utf-8")
+
+    def result(redirection: str, *arguments: str) -> int:
+        command = [sys.executable, "-c", _COMMAND, "--model", model, *arguments, str(path)]
+        shell = f"{shlex.join(command)} {redirection}"
+        return subprocess.run(shell, shell=True, cwd=REPOSITORY, check=False).returncode
+
+    assert result(">&-") == 2
+    assert result(">&- 2>&-", "--output_file", str(output)) == 0
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 1
+    assert result(f"> {output}.2 2>&-") == 0
+    assert output.with_name("out.jsonl.2").read_bytes() == output.read_bytes()
 
 
 def test_what_stands_before_a_mistake_is_tagged(
@@ -352,6 +429,40 @@ def test_a_threshold_for_a_precision(
     error = run(capsys, "--model", model, "--precision", "PER=0.99", str(path), code=2)
     assert "PER on " in error
     assert "precision 0.99" in error
+
+
+def test_what_is_asked_for_a_type_goes_before_what_is_asked_for_all(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gold = tmp_path / "gold.txt"
+    gold.write_text("Mary B-PER\nPoe I-PER\nsaid O\nParis B-LOC\n\n" * 60, encoding="utf-8")
+    assert eval_main(["--model", model, "--file", str(gold), "--calibrate"]) == 0
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+
+    def found(*flags: str) -> dict[str, int]:
+        (line,) = records(run(capsys, "--model", model, *flags, str(path)))
+        labels = [entity["label"] for entity in line["entities"]]  # type: ignore[attr-defined]
+        return {kind: labels.count(kind) for kind in ("PER", "LOC")}
+
+    everything = found()
+    assert min(everything.values()) > 0
+    for flags in (
+        ["--threshold", "LOC=1", "--threshold", "0"],
+        ["--threshold", "LOC=1", "--recall", "0"],
+        ["--labels", "PER", "--threshold", "0"],
+    ):
+        assert found(*flags) == {**everything, "LOC": 0}, flags
+    # What is out of reach for a type is no matter if that type is not asked for.
+    unreachable = ["--precision", "0.99"]
+    assert "PER on" in run(capsys, "--model", model, *unreachable, str(path), code=2)
+    assert found(*unreachable, "--threshold", "PER=0", "--threshold", "LOC=0") == everything
+    for flags, message in (
+        (["--threshold", "0.5", "--recall", "0.5"], "all types: give threshold or recall"),
+        (["--precision", "PER=0.5", "--recall", "PER=0.5"], "PER: give precision or recall"),
+        (["--labels", ""], "names no type"),
+    ):
+        assert message in run(capsys, "--model", model, *flags, str(path), code=2)
 
 
 @pytest.mark.parametrize(
