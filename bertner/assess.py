@@ -26,7 +26,7 @@ from bertner.corpus import Corpus
 from bertner.data import tokenize
 from bertner.errors import DataError, ModelError, UsageError, visible
 from bertner.evaluation import Evaluation, evaluate
-from bertner.files import check_target, read_json, write_json
+from bertner.files import check_target, is_same_file, read_json, write_json
 from bertner.html_report import write_report
 from bertner.hub import find_model
 from bertner.model import BertForNER
@@ -57,6 +57,8 @@ def run_evaluation(options: argparse.Namespace) -> None:
     """
     if (options.model is None) == (options.predictions is None):
         raise UsageError("give a model (--model) or a file of predictions (--predictions)")
+    if options.scheme is not None and options.model is None:
+        raise UsageError("scheme says what a model's labels are: give --model")
     if options.calibrate and (options.model is None or not Path(options.model).is_dir()):
         raise UsageError("calibrate needs --model with a folder, into which it writes")
     _check_targets(options)
@@ -114,16 +116,21 @@ def run_evaluation(options: argparse.Namespace) -> None:
 
 def _check_targets(options: argparse.Namespace) -> None:
     """Asks whether all files can be written, and that none of them is lost to another."""
-    taken: dict[Path, str] = {}
-    for flag in ("file", "predictions", "compare", "train_file"):
-        if path := getattr(options, flag):
-            taken[Path(path).resolve()] = flag
+    taken = {
+        flag: Path(path)
+        for flag in ("file", "predictions", "compare", "train_file")
+        if (path := getattr(options, flag))
+    }
+    if (trained := _trained_on(options)) is not None:
+        taken["train_file"] = trained[0]
     for flag in ("conlleval", "report", "output_file"):
         if path := getattr(options, flag):
-            check_target(Path(path), flag)
-            other = taken.setdefault(Path(path).resolve(), flag)
-            if other != flag:
-                raise UsageError(f"{flag} {path} would replace {other}; name another file")
+            target = Path(path)
+            check_target(target, flag)
+            for other, file in taken.items():
+                if is_same_file(target, file):
+                    raise UsageError(f"{flag} {path} would replace {other}; name another file")
+            taken[flag] = target
 
 
 def _is_file(name: str) -> bool:
@@ -133,7 +140,8 @@ def _is_file(name: str) -> bool:
         DataError: It can only be a file, but there is none.
     """
     path = Path(name)
-    if not path.exists() and path.suffix in _DATA_SUFFIXES:
+    is_package = name.startswith("package:")
+    if not is_package and not path.exists() and path.suffix.lower() in _DATA_SUFFIXES:
         raise DataError("no such file; check the path", path)
     return path.exists() and not path.is_dir()
 
@@ -223,17 +231,10 @@ def _find_inventory(options: argparse.Namespace) -> Inventory | None:
     if options.train_file is not None:
         stream = open_file(options.train_file, **columns_of(options))
         return take_inventory(stream.blocks(), stream.builder.kinds)
-    folder = Path(options.model or "")
-    if options.model is None or not (folder / RECORD).is_file():
+    trained = _trained_on(options)
+    if trained is None:
         return None
-    try:
-        record = read_json(folder / RECORD)
-        path, digest = record["config"]["train_file"], record["data"]["train"]["sha256"]
-        columns = columns_of(argparse.Namespace(**record["config"]))
-    except (ModelError, KeyError, TypeError, AttributeError):
-        return None
-    if not isinstance(path, str) or not Path(path).is_file():
-        return None
+    path, digest, columns = trained
     stream = open_file(path, **columns)
     inventory = take_inventory(stream.blocks(), stream.builder.kinds)
     if stream.digest.hexdigest() != digest:
@@ -244,6 +245,20 @@ def _find_inventory(options: argparse.Namespace) -> Inventory | None:
         )
         return None
     return inventory
+
+
+def _trained_on(options: argparse.Namespace) -> tuple[Path, str, dict[str, Any]] | None:
+    """The training file that the model's run.json names, its hash and columns, if it is there."""
+    folder = Path(options.model or "")
+    if options.train_file or options.model is None or not (folder / RECORD).is_file():
+        return None
+    try:
+        record = read_json(folder / RECORD)
+        path, digest = record["config"]["train_file"], record["data"]["train"]["sha256"]
+        columns = columns_of(argparse.Namespace(**record["config"]))
+    except (ModelError, KeyError, TypeError, AttributeError):
+        return None
+    return (Path(path), digest, columns) if isinstance(path, str) and Path(path).is_file() else None
 
 
 def _word_metrics(analysis: Analysis) -> dict[str, float]:

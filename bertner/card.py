@@ -213,7 +213,7 @@ def _scores(facts: RunFacts) -> str:
                 f"Viterbi gave {evaluation.num_repaired:,} of {evaluation.word.num_labels:,} words "
                 "another label than their best one, so that every sequence is legal."
             )
-    if facts.reliability is not None:
+    if facts.reliability is not None and facts.reliability["calibrated"]:
         parts.append(
             "The score of an entity is its confidence: the probability that its borders and its "
             "type are right, calibrated on the validation data (`calibration.json`). There, "

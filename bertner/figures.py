@@ -163,7 +163,7 @@ def evaluation_figures(
     if analysis["by_training"]:
         name = f"{prefix}-training-figure"
         figures["by_training"] = _by_training(name, analysis["by_training"])
-    if analysis["reliability"]:
+    if analysis.get("reliability"):  # a file of predictions has none
         name = f"{prefix}-reliability-figure"
         figures["reliability"] = _reliability(name, analysis["reliability"]["bins"])
     return figures

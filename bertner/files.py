@@ -87,6 +87,14 @@ def check_target(path: Path, flag: str) -> None:
         raise StorageError(f"{path}: cannot be written: no such folder; make it, or name another")
 
 
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether two paths are of one file, or would be."""
+    try:
+        return path.samefile(other)
+    except OSError:  # one of them is not there
+        return path.absolute() == other.absolute()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file; see `replace_file`."""
     # File names need not be text: what is none comes out as an escape, which JSON has too.

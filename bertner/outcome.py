@@ -69,10 +69,10 @@ def assess_run(
             calibration = calibrate(analysis, evaluation, parts.model, config.reading)
             if calibration is None:
                 logger.warning(
-                    "scores of entities are not calibrated: of %d or more that the model finds in "
-                    "the validation data it finds %d",
-                    MIN_ENTITIES,
+                    "scores of entities are not calibrated: the model finds %d entities in the "
+                    "validation data, and it takes %d or more",
                     len(analysis.found),
+                    MIN_ENTITIES,
                 )
             else:
                 calibration.save(folder)

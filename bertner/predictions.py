@@ -22,7 +22,7 @@ from bertner.corpus import Corpus
 from bertner.errors import DataError
 from bertner.files import replace_file
 from bertner.labels import PREFIX_LETTERS, B, I, IntArray, O, find_spans
-from bertner.readers import file_format, read_file, read_lines
+from bertner.readers import file_format, has_entities, read_file, read_lines
 
 
 def read_predictions(
@@ -180,7 +180,7 @@ def _read_scores(path: str | Path, num_entities: int) -> NDArray[np.float64] | N
     scores: list[float] = []
     for line in read_lines(path):
         record = json.loads(line) if line.strip() else {"text": "", "entities": []}
-        if "text" not in record or "entities" not in record:
+        if not has_entities(record):
             return None
         for entity in sorted(record["entities"], key=lambda entity: int(entity["start"])):
             score = entity.get("score")

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,6 +274,13 @@ def begins_document(row: str) -> bool:
     return row == "-DOCSTART-" or row.startswith(("-DOCSTART- ", "-DOCSTART-\t"))
 
 
+def has_entities(record: Mapping[str, Any]) -> bool:
+    """Whether a JSON object has a text and its entities, and not something else of those names."""
+    entities = record.get("entities")
+    is_list = isinstance(entities, list) and all(isinstance(each, dict) for each in entities)
+    return is_list and isinstance(record.get("text"), str)
+
+
 def _json_sentences(
     lines: Iterable[str], builder: CorpusBuilder, columns: Columns
 ) -> Iterator[RawSentence]:
@@ -285,14 +292,13 @@ def _json_sentences(
         if not line.strip():
             continue
         record = parse_record(line, builder.source, number)
-        has_entities = "text" in record and "entities" in record
         has_tags = text_column in record and label_column in record
-        if has_tags and not (has_entities and columns.entities_first):
+        if has_tags and not (columns.entities_first and has_entities(record)):
             words, tags = record[text_column], record[label_column]
             _check_columns(words, tags, builder, number, text_column, label_column)
             tags = _named_tags(tags, builder, number)
             sentences = [(words, tags)]
-        elif has_entities:
+        elif "text" in record and "entities" in record:
             spans = split_words(_checked_text(record["text"], builder, number))
             tags = _tags_from_entities(record, spans, builder, number)
             sentences = list(_text_sentences(record["text"], spans, tags))

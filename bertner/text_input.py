@@ -179,8 +179,6 @@ def _json_items(
     lines: Iterable[str | None], source: str, columns: Columns, documents: str
 ) -> Iterator[Item | None]:
     of_file = object()  # the same document elsewhere is another one
-    column: str | None = None
-    is_first = True
     for number, line in _numbered(lines):
         if line is None:
             yield None
@@ -188,23 +186,21 @@ def _json_items(
         if not line.strip():
             continue
         record = parse_record(line, source, number, _JSON)
-        if is_first:
-            if documents != "none":
-                column = columns.find_document(record, source, number)
-            is_first = False
-        document = None
-        if column is not None and record.get(column) is not None:
+        text, words = record.get("text"), record.get(columns.text)
+        column = document = None
+        if documents != "none":
+            column = columns.find_document(record, source, number)
+            if column is None and not isinstance(text, str) and documents != "warned":
+                _check_documents(source, documents)
+                documents = "warned"
+        if column is not None and record[column] is not None:
             number_documents([record[column]], {}, column, source, number)  # refuses lists
             document = of_file, record[column]
-        text, words = record.get("text"), record.get(columns.text)
         if isinstance(text, str):
             check_characters(text, source, number)
             yield Item(Text.of(text, document), record)
         elif isinstance(words, list) and all(isinstance(word, str) for word in words):
             check_characters("".join(words), source, number)
-            if column is None and documents != "none":
-                _check_documents(source, documents)
-                documents = "none"
             yield Item(Text.of_words(words, document), record)
         else:
             raise DataError(

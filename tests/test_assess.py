@@ -125,6 +125,10 @@ def test_the_training_file_of_the_model(
     command = ["--model", str(model), "--file", str(gold)]
     assert eval_main(command) == 0
     assert "seen in training" in capsys.readouterr().out
+    other = write_conll(tmp_path / "other.txt", 5)
+    lost = ["--model", str(model), "--file", str(other), "--conlleval", str(gold)]
+    assert eval_main(lost) == 2
+    assert f"conlleval {gold} would replace train_file" in capsys.readouterr().err
     gold.write_text(gold.read_text() + "more B-PER\n")
     assert eval_main(command) == 0
     output, errors = capsys.readouterr()
@@ -222,6 +226,9 @@ def test_a_report(model_folder: Path, gold: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.lstrip().startswith("<!doctype html>")
     assert str(other) in text
+    said = ["--predictions", str(gold), "--file", str(gold), "--report", str(page)]
+    assert eval_main([*said, "--compare", str(other)]) == 0
+    assert str(other) in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("flag", ["--report", "--output_file", "--conlleval"])
@@ -245,12 +252,15 @@ def test_what_would_be_lost_to_another_file_is_told(
     command = ["--predictions", str(gold), "--file", str(gold)]
     content, page = gold.read_bytes(), str(tmp_path / "page")
     for flags, message in (
-        (["--conlleval", str(gold)], f"conlleval {gold} would replace predictions"),
+        (["--conlleval", str(gold)], f"conlleval {gold} would replace file"),
         (["--report", page, "--output_file", page], f"output_file {page} would replace report"),
     ):
         assert eval_main([*command, *flags]) == 2
         assert message in capsys.readouterr().err
     assert gold.read_bytes() == content
+    # Of a loop nothing is lost, and it is no reason for a traceback.
+    (tmp_path / "loop").symlink_to("loop")
+    assert eval_main([*command, "--output_file", str(tmp_path / "loop")]) == 0
 
 
 def test_flags_that_do_not_fit_the_data_or_the_model(
@@ -259,6 +269,9 @@ def test_flags_that_do_not_fit_the_data_or_the_model(
     command = ["--model", str(make_model(model_folder)), "--file", str(gold)]
     assert eval_main([*command, "--scheme", "BIOES"]) == 2
     assert "scheme BIOES: the model's labels are IOB2" in capsys.readouterr().err
+    said = ["--predictions", str(gold), "--file", str(gold), "--scheme", "IOB1"]
+    assert eval_main(said) == 2
+    assert "give --model" in capsys.readouterr().err
     assert eval_main([*command, "--bootstrap_unit", "document"]) == 2
     assert "does not tell documents apart" in capsys.readouterr().err
     assert eval_main([*command, "--compare", str(tmp_path / "missing.txt")]) == 65

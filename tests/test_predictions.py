@@ -121,10 +121,15 @@ def test_entities_go_before_tags(corpus: Corpus, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", [None, ["Mary"], [{"label": "PER"}], {"a": 1}])
-def test_other_keys_are_passed_over(key: object, corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [None, ["Mary"], ""])
+def test_other_keys_are_passed_over(
+    key: object, text: object, corpus: Corpus, tmp_path: Path
+) -> None:
+    if text == "" and key == [{"label": "PER"}]:
+        return  # which is a text with an entity, but a broken one
     first = {"tokens": ["Mary", "Poe", "of", "A.B."], "ner_tags": ["B-PER", "I-PER", "O", "O"]}
     second = {"tokens": ["Paris"], "ner_tags": ["B-LOC"]}
-    said = jsonl(tmp_path, {**first, "entities": key}, second)
+    said = jsonl(tmp_path, {**first, "entities": key, "text": text}, second)
     prediction = read_predictions(said, corpus)
     assert entities(prediction, corpus) == [(0, 2, "PER"), (4, 5, "LOC")]
     assert prediction.confidence is None

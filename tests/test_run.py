@@ -157,9 +157,10 @@ def test_too_few_entities_make_no_calibration(
 ) -> None:
     monkeypatch.setattr(outcome, "MIN_ENTITIES", 10_000)
     assert train_main([*arguments, "--report", "--max_steps", "3"]) == 0
-    assert "are not calibrated: of 10000 or more" in capsys.readouterr().err
+    assert "and it takes 10000 or more" in capsys.readouterr().err
     assert not (tmp_path / "out" / "calibration.json").exists()
     assert "not calibrated" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "calibrated" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_transformers_uses_the_folder(

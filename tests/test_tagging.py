@@ -291,6 +291,10 @@ def test_json_lines_are_read_with_their_neighbours(
     assert scores(path, "--document_column_name", "page") == expected
     error = run(capsys, "--model", model, *context, str(path), code=65)
     assert "does not say where documents begin" in error
+    # The first records need not have it.
+    lines = [{"text": "Oslo"}, *({"tokens": words, "doc_id": 1} for words in sentences[:10])]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert scores(path)[1:] == expected[:10]
     # A text can be a document.
     path.write_text(json.dumps({"text": "Mary Poe\n\nParis"}), encoding="utf-8")
     assert len(scores(path)) == 1
