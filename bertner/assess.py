@@ -26,7 +26,7 @@ from bertner.corpus import Corpus
 from bertner.data import tokenize
 from bertner.errors import DataError, ModelError, UsageError, visible
 from bertner.evaluation import Evaluation, evaluate
-from bertner.files import check_target, is_same_file, read_json, write_json
+from bertner.files import check_target, read_json, write_json
 from bertner.html_report import write_report
 from bertner.hub import find_model
 from bertner.model import BertForNER
@@ -125,12 +125,8 @@ def _check_targets(options: argparse.Namespace) -> None:
         taken["train_file"] = trained[0]
     for flag in ("conlleval", "report", "output_file"):
         if path := getattr(options, flag):
-            target = Path(path)
-            check_target(target, flag)
-            for other, file in taken.items():
-                if is_same_file(target, file):
-                    raise UsageError(f"{flag} {path} would replace {other}; name another file")
-            taken[flag] = target
+            check_target(Path(path), flag, taken.items())
+            taken[flag] = Path(path)
 
 
 def _is_file(name: str) -> bool:

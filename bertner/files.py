@@ -74,20 +74,28 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def check_target(path: Path, flag: str) -> None:
+def check_target(path: Path, flag: str, kept: Iterable[tuple[str, Path]] = ()) -> None:
     """Asks, before minutes of work, whether a flag names what `replace_file` may put a file at.
 
+    Args:
+        path: The file to be.
+        flag: That names it.
+        kept: Files that it must not be, each with what it is.
+
     Raises:
-        UsageError: There is something else than a file, such as a pipe, which would be lost.
+        UsageError: It is one of them, or something else than a file, such as a pipe.
         StorageError: There is no such folder.
     """
     if path.exists() and not path.is_file():
         raise UsageError(f"{flag} {path} is no regular file, and would be replaced; name another")
     if not path.parent.is_dir():
         raise StorageError(f"{path}: cannot be written: no such folder; make it, or name another")
+    for name, other in kept:
+        if _is_same_file(path, other):
+            raise UsageError(f"{flag} {path} would replace {name}; name another file")
 
 
-def is_same_file(path: Path, other: Path) -> bool:
+def _is_same_file(path: Path, other: Path) -> bool:
     """Whether two paths are of one file, or would be."""
     try:
         return path.samefile(other)

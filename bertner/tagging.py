@@ -19,7 +19,7 @@ import torch
 from bertner import kernels
 from bertner.calibration import Calibration
 from bertner.errors import UsageError
-from bertner.files import check_target, is_same_file, replace_file
+from bertner.files import check_target, replace_file
 from bertner.hub import find_model
 from bertner.model import BertForNER
 from bertner.parts import find_device, reading_of
@@ -45,9 +45,8 @@ def run_prediction(options: argparse.Namespace) -> None:
             check_file(file)
     output_file = None if options.output_file is None else Path(options.output_file)
     if output_file is not None:
-        check_target(output_file, "output_file")
-        if any(is_same_file(output_file, Path(file)) for file in files):
-            raise UsageError(f"output_file {output_file} would replace what is read; name another")
+        read = [("what is read", Path(file)) for file in files]
+        check_target(output_file, "output_file", read)
     device = find_device(options.device)
     products = kernels.choose_products(options.matmul, device, options.dtype)
     if options.matmul != "auto":

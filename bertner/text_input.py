@@ -21,6 +21,7 @@ from bertner.predict import Text
 from bertner.readers import (
     Columns,
     begins_document,
+    carriage_return,
     check_characters,
     decode,
     decode_lines,
@@ -224,6 +225,10 @@ def _conll_items(lines: Iterable[str | None], source: str, documents: str) -> It
     document = num_columns = 0
 
     def sentence() -> Item:
+        nonlocal documents
+        if not document and documents != "none":
+            _check_documents(source, documents)
+            documents = "none"
         words = [row[0] for row in rows]
         is_part = document > 0 and documents != "none"
         text = Text.of_words(words, (of_file, document) if is_part else None)
@@ -235,12 +240,7 @@ def _conll_items(lines: Iterable[str | None], source: str, documents: str) -> It
             continue
         row = line.rstrip(" \t\r")
         if "\r" in row:
-            raise DataError(
-                "a carriage return within the line; if it ends lines, convert the file "
-                "(tr '\\r' '\\n')",
-                source,
-                number,
-            )
+            raise carriage_return(source, number)
         if row and not begins_document(row):
             rows.append(_columns(row))
             num_columns = num_columns or len(rows[0])
@@ -253,17 +253,12 @@ def _conll_items(lines: Iterable[str | None], source: str, documents: str) -> It
                 )
             continue
         if rows:
-            if not document and documents != "none":
-                _check_documents(source, documents)
-                documents = "none"
             yield sentence()
             rows, heading = [], []
         if row:
             document += 1
             heading = row.split()
     if rows:
-        if not document and documents != "none":
-            _check_documents(source, documents)
         yield sentence()
 
 

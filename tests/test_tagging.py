@@ -421,31 +421,34 @@ def test_what_is_to_be_found(
     assert "needs a calibration" in run(capsys, *command, "--precision", "0.9", code=2)
 
 
-def test_a_threshold_for_a_precision(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def calibrated(model: str, tmp_path: Path) -> str:
+    """The same, calibrated."""
     gold = tmp_path / "gold.txt"
     gold.write_text("Mary B-PER\nPoe I-PER\nsaid O\nParis B-LOC\n\n" * 60, encoding="utf-8")
     assert eval_main(["--model", model, "--file", str(gold), "--calibrate"]) == 0
+    return model
+
+
+def test_a_threshold_for_a_precision(
+    calibrated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
-    assert len(records(run(capsys, "--model", model, "--recall", "0.0", str(path)))) == 1
-    error = run(capsys, "--model", model, "--precision", "PER=0.99", str(path), code=2)
+    assert len(records(run(capsys, "--model", calibrated, "--recall", "0.0", str(path)))) == 1
+    error = run(capsys, "--model", calibrated, "--precision", "PER=0.99", str(path), code=2)
     assert "PER on " in error
     assert "precision 0.99" in error
 
 
 def test_what_is_asked_for_a_type_goes_before_what_is_asked_for_all(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    calibrated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gold = tmp_path / "gold.txt"
-    gold.write_text("Mary B-PER\nPoe I-PER\nsaid O\nParis B-LOC\n\n" * 60, encoding="utf-8")
-    assert eval_main(["--model", model, "--file", str(gold), "--calibrate"]) == 0
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
 
     def found(*flags: str) -> dict[str, int]:
-        (line,) = records(run(capsys, "--model", model, *flags, str(path)))
+        (line,) = records(run(capsys, "--model", calibrated, *flags, str(path)))
         labels = [entity["label"] for entity in line["entities"]]  # type: ignore[attr-defined]
         return {kind: labels.count(kind) for kind in ("PER", "LOC")}
 
@@ -459,14 +462,14 @@ def test_what_is_asked_for_a_type_goes_before_what_is_asked_for_all(
         assert found(*flags) == {**everything, "LOC": 0}, flags
     # What is out of reach for a type is no matter if that type is not asked for.
     unreachable = ["--precision", "0.99"]
-    assert "PER on" in run(capsys, "--model", model, *unreachable, str(path), code=2)
+    assert "PER on" in run(capsys, "--model", calibrated, *unreachable, str(path), code=2)
     assert found(*unreachable, "--threshold", "PER=0", "--threshold", "LOC=0") == everything
     for flags, message in (
         (["--threshold", "0.5", "--recall", "0.5"], "all types: give threshold or recall"),
         (["--precision", "PER=0.5", "--recall", "PER=0.5"], "PER: give precision or recall"),
         (["--labels", ""], "names no type"),
     ):
-        assert message in run(capsys, "--model", model, *flags, str(path), code=2)
+        assert message in run(capsys, "--model", calibrated, *flags, str(path), code=2)
 
 
 @pytest.mark.parametrize(
