@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nested import nested_tensor_from_jagged
 
 from bertner.packing import Block, HeadPlaces
 
@@ -98,6 +99,47 @@ def attention_packed(
         keep = None if draw_keep is None else draw_keep((places.num_scores,))
         context: Tensor = _PackedAttention.apply(wide, places, keep)  # type: ignore[no-untyped-call]
         return context.to(qkv.dtype)
+
+
+def attention_jagged(
+    qkv: Tensor, cu_seqlens: Tensor, max_length: int, num_heads: int, dropout: float
+) -> Tensor:
+    """Attention within the rows of a packed batch, by PyTorch's fused kernels for rows of any size.
+
+    Args:
+        qkv: (P, 3 * D) query, key and value, one beside the other.
+        cu_seqlens: (B + 1,) where each row begins, and the number of tokens.
+        max_length: No row has more tokens.
+        num_heads: N.
+        dropout: Probability with which an attention weight is dropped; 0 outside training.
+
+    Returns:
+        (P, D).
+    """
+    query, key, value = qkv.view(len(qkv), 3, num_heads, -1).unbind(1)  # (P, N, H)
+    if _has_varlen(qkv) and dropout == 0.0 and not torch.is_grad_enabled():
+        from torch.nn.attention.varlen import varlen_attn  # takes a second, so where it is needed
+
+        borders = cu_seqlens.to(torch.int32)
+        flat = varlen_attn(query, key, value, borders, borders, max_length, max_length)
+        return cast(Tensor, flat).flatten(1)
+
+    def jagged(part: Tensor) -> Tensor:
+        if part.device.type == "cpu":  # where it is computed row by row
+            part = part.contiguous()
+        # No row is empty; what it is told here it need not ask the device for.
+        rows = nested_tensor_from_jagged(part, cu_seqlens, min_seqlen=1, max_seqlen=max_length)
+        return rows.transpose(1, 2)  # (B, N, length, H)
+
+    context = F.scaled_dot_product_attention(
+        jagged(query), jagged(key), jagged(value), dropout_p=dropout
+    )
+    return context.transpose(1, 2).values().flatten(1)
+
+
+def _has_varlen(qkv: Tensor) -> bool:
+    """Whether there is a flash kernel for packed rows, which knows no dropout."""
+    return qkv.device.type == "cuda" and qkv.dtype in (torch.bfloat16, torch.float16)
 
 
 # Without dropout or gradients PyTorch's flash kernel, which keeps no scores, is the faster one for

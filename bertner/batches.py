@@ -14,6 +14,8 @@ from torch import Tensor
 
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset
+from bertner.distributed import ALONE, Ranks
+from bertner.kernels import send
 from bertner.labels import IGNORE_INDEX, IntArray
 
 
@@ -38,7 +40,7 @@ class PaddedBatch:
     token_index: IntArray
 
     @property
-    def layout(self) -> dict[str, Tensor]:
+    def layout(self) -> dict[str, Any]:
         """What the model is told of the rows."""
         return {"attention_mask": self.attention_mask}
 
@@ -72,37 +74,95 @@ class PackedBatch:
     Attributes:
         input_ids: (P,) token ids.
         cu_seqlens: (B + 1,) where each row begins, and the number of tokens.
+        max_seqlen: Tokens of the longest row.
         labels: (P,) label ids, IGNORE_INDEX for all but the rows' own tokens.
         rows: (B,) the rows, in their order in the batch.
         is_own: (P,) whether a token is its row's own.
         token_index: (num_own_tokens,) place of each row's own tokens in the dataset.
+        dropout_seeds: (B,) a seed for each row's dropout; None to draw for all at once.
     """
 
     input_ids: Tensor
     cu_seqlens: Tensor
+    max_seqlen: int
     labels: Tensor
     rows: IntArray
     is_own: Tensor
     token_index: IntArray
+    dropout_seeds: Sequence[int] | None = None
 
     @property
-    def layout(self) -> dict[str, Tensor]:
+    def layout(self) -> dict[str, Any]:
         """What the model is told of the rows."""
-        return {"cu_seqlens": self.cu_seqlens}
+        return {
+            "cu_seqlens": self.cu_seqlens,
+            "max_seqlen": self.max_seqlen,
+            "dropout_seeds": self.dropout_seeds,
+        }
+
+
+# No dummy of a bucket has more tokens.
+LONGEST_DUMMY = 72
+
+
+class Bucket(NamedTuple):
+    """How large a packed batch is made, so that there are few sizes of them.
+
+    Attributes:
+        num_rows: Rows; those that are not there are dummies, at least one.
+        num_tokens: Tokens, those of the dummies too.
+    """
+
+    num_rows: int
+    num_tokens: int
+
+
+def bucket_of(num_rows: int, num_tokens: int) -> Bucket:
+    """The smallest bucket with room for so many rows and tokens, and a dummy.
+
+    Rows go up in eights, tokens in steps of 64 or, if that is more, of a 16th to a 32nd of them.
+    There are as many dummies as it takes for each to be short.
+    """
+    rows = -(-num_rows // 8) * 8 + 1 + num_tokens // 1024
+    wanted = num_tokens + rows - num_rows  # a dummy has a token at least
+    step = max(64, 2 ** (wanted.bit_length() - 1) // 16)
+    return Bucket(rows, -(-wanted // step) * step)
 
 
 def pack(
-    dataset: TokenDataset, rows: IntArray | Sequence[int], device: torch.device
+    dataset: TokenDataset,
+    rows: IntArray | Sequence[int],
+    device: torch.device,
+    bucket: Bucket | None = None,
 ) -> PackedBatch:
-    """Puts `rows` one after another, shortest first, as attention takes them fastest."""
+    """Puts `rows` one after another, shortest first, as attention takes them fastest.
+
+    Args:
+        dataset: The rows.
+        rows: Which of them.
+        device: Where to.
+        bucket: Fill up to this size with dummies, which have no labels: no row attends to them,
+            and they change neither the loss nor a gradient.
+    """
     rows = np.asarray(rows)
     flat = _flatten(dataset, rows[np.argsort(dataset.row_lengths[rows], kind="stable")])
+    lengths = flat.lengths
+    if bucket is not None:
+        num_spare, tail = bucket.num_rows - len(rows), bucket.num_tokens - int(lengths.sum())
+        spare = tail // num_spare + (np.arange(num_spare) < tail % num_spare)
+        lengths = np.concatenate([lengths, spare])
+        flat = flat._replace(
+            input_ids=np.append(flat.input_ids, np.full(tail, dataset.sep_id)),
+            labels=np.append(flat.labels, np.full(tail, IGNORE_INDEX)),
+            is_own=np.append(flat.is_own, np.zeros(tail, dtype=bool)),
+        )
     return PackedBatch(
         input_ids=_tensor(flat.input_ids, device),
-        cu_seqlens=_tensor(np.concatenate([[0], np.cumsum(flat.lengths)]), device),
+        cu_seqlens=_tensor(np.concatenate([[0], np.cumsum(lengths)]), device),
+        max_seqlen=int(lengths.max()),
         labels=_tensor(flat.labels, device),
         rows=flat.rows,
-        is_own=torch.from_numpy(flat.is_own).to(device),
+        is_own=send(torch.from_numpy(flat.is_own), device),
         token_index=flat.token_index,
     )
 
@@ -140,35 +200,37 @@ def _flatten(dataset: TokenDataset, rows: IntArray) -> _FlatRows:
 
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(device)
+    return send(torch.from_numpy(array.astype(np.int64)), device)
 
 
 def padded_by_length(
-    dataset: TokenDataset, batch_size: int, device: torch.device
+    dataset: TokenDataset, batch_size: int, device: torch.device, ranks: Ranks = ALONE
 ) -> Iterator[PaddedBatch]:
-    """Yields all rows in padded batches of like length, longest first."""
+    """Yields rows in padded batches of like length, longest first; see `packed_by_length`."""
     by_length = _by_length(dataset)
-    for i in range(0, len(dataset), batch_size):
+    for i in range(ranks.rank * batch_size, len(dataset), ranks.world_size * batch_size):
         yield collate(dataset, by_length[i : i + batch_size], device)
 
 
 def packed_by_length(
-    dataset: TokenDataset, batch_tokens: int, device: torch.device
+    dataset: TokenDataset, batch_tokens: int, device: torch.device, ranks: Ranks = ALONE
 ) -> Iterator[PackedBatch]:
-    """Yields all rows in packed batches of like length, longest first.
+    """Yields rows in packed batches of like length, longest first.
 
     Args:
         dataset: The rows.
         batch_tokens: Most tokens in a batch; a longer row is one by itself.
         device: Where to.
+        ranks: Of several ranks each gets every n-th batch: the very batches of one.
     """
     by_length = _by_length(dataset)
     ends = np.cumsum(dataset.row_lengths[by_length])
-    start, tokens = 0, 0
+    start, tokens, number = 0, 0, 0
     while start < len(by_length):
         stop = max(int(np.searchsorted(ends, tokens + batch_tokens, side="right")), start + 1)
-        yield pack(dataset, by_length[start:stop], device)
-        start, tokens = stop, int(ends[stop - 1])
+        if number % ranks.world_size == ranks.rank:
+            yield pack(dataset, by_length[start:stop], device)
+        start, tokens, number = stop, int(ends[stop - 1]), number + 1
 
 
 def _by_length(dataset: TokenDataset) -> IntArray:
@@ -191,21 +253,23 @@ class Schedule:
     """Which rows each optimizer step of a run takes: a pure function of the settings and the data.
 
     Attributes:
-        num_micro_batches: In an epoch.
+        num_micro_batches: In an epoch, of one rank's size.
         steps_per_epoch: Optimizer steps in one pass over the data.
         total_steps: Optimizer steps of the whole run.
         warmup_steps: How many of them are warmup.
     """
 
-    def __init__(self, row_lengths: IntArray, config: TrainConfig) -> None:
+    def __init__(self, row_lengths: IntArray, config: TrainConfig, world_size: int = 1) -> None:
         """Counts the steps.
 
         Args:
             row_lengths: (num_rows,) tokens that each row of the training data reads.
             config: Batch sizes, accumulation, length of the run, seed.
+            world_size: How many ranks take each step together.
         """
         self._lengths = row_lengths
         self._config = config
+        self._world_size = world_size
         num_rows = len(row_lengths)
         if config.train_batch_tokens is None:
             self.num_micro_batches = math.ceil(num_rows / config.per_device_train_batch_size)
@@ -213,9 +277,8 @@ class Schedule:
             num_tokens = int(row_lengths.sum(dtype=np.int64))
             wanted = math.ceil(num_tokens / config.train_batch_tokens)
             self.num_micro_batches = min(wanted, num_rows)
-        self.steps_per_epoch = math.ceil(
-            self.num_micro_batches / config.gradient_accumulation_steps
-        )
+        self._micro_batches_per_step = config.gradient_accumulation_steps * world_size
+        self.steps_per_epoch = math.ceil(self.num_micro_batches / self._micro_batches_per_step)
         self.total_steps = config.max_steps
         if config.max_steps == -1:
             self.total_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
@@ -239,17 +302,45 @@ class Schedule:
             first: The first step; what comes before it is not computed.
 
         Yields:
-            The step, and for each of its micro-batches the rows.
+            The step, and for each of its micro-batches the rows, those of all ranks.
         """
-        accumulation = self._config.gradient_accumulation_steps
+        size = self._micro_batches_per_step
         epoch, position = divmod(first, self.steps_per_epoch)
         step = first
         while True:
             micro_batches: list[IntArray] = self.micro_batches(epoch)
-            for i in range(position * accumulation, len(micro_batches), accumulation):
-                yield step, micro_batches[i : i + accumulation]
+            for i in range(position * size, len(micro_batches), size):
+                yield step, micro_batches[i : i + size]
                 step += 1
             epoch, position = epoch + 1, 0
+
+    def share(self, micro_batches: Sequence[IntArray], rank: int) -> list[IntArray]:
+        """The micro-batches of one rank in a step; in the last step of an epoch some can be empty.
+
+        As many of the step's as there are ranks are computed at the same time. Their rows are dealt
+        so that all ranks have about as many tokens: the slowest decides how long a step takes.
+
+        Args:
+            micro_batches: Of the whole step.
+            rank: Which one.
+        """
+        if self._world_size == 1:
+            return list(micro_batches)
+        shares = []
+        for i in range(0, len(micro_batches), self._world_size):
+            rows = np.concatenate(micro_batches[i : i + self._world_size])
+            shares.append(rows[_deal(self._lengths[rows], self._world_size) == rank])
+        return shares
+
+
+def _deal(lengths: IntArray, num_parts: int) -> IntArray:
+    """The part of each row: the longest row that is left to the part with the fewest tokens."""
+    part: IntArray = np.zeros(len(lengths), dtype=np.int64)
+    tokens: IntArray = np.zeros(num_parts, dtype=np.int64)
+    for row in np.argsort(-lengths, kind="stable"):
+        part[row] = tokens.argmin()
+        tokens[part[row]] += lengths[row]
+    return part
 
 
 def _even_borders(lengths: IntArray, num_parts: int) -> IntArray:

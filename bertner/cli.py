@@ -437,7 +437,8 @@ def _guarded(program: str, command: Callable[[], None]) -> int:
         command()
         sys.stdout.flush()
     except BertnerError as error:
-        print(_message(f"{program}: {error}"), file=sys.stderr)
+        if not error.is_told_elsewhere:
+            print(_message(f"{program}: {error}"), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does: not an error, and nothing to say. What
@@ -462,3 +463,7 @@ def _guarded(program: str, command: Callable[[], None]) -> int:
     finally:
         logger.removeHandler(handler)
     return 0
+
+
+if __name__ == "__main__":  # for `torchrun -m bertner.cli`
+    sys.exit(train_main())

@@ -444,7 +444,29 @@ class TrainConfig:
         choices="auto default onednn",
     )
     dtype: str = _option("float32", "arithmetic (autocast)", choices="float32 bfloat16")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, xpu, mps")
+    tf32: bool = _option(
+        False, "on CUDA, let float32 products round their factors to 10 bits of mantissa"
+    )
+    deterministic: bool = _option(
+        True, "on CUDA, use only kernels that give the same bits each time"
+    )
+    cuda_graphs: bool = _option(
+        True, "on CUDA, capture each size of step once and replay it; packed rows, one process"
+    )
+    dropout_by_row: bool = _option(
+        False,
+        "draw each row's dropout from a seed of its own, so that it does not depend on how rows "
+        "are divided over processes; for packed rows on a CPU",
+    )
+    ddp_backend: str = _option(
+        "auto",
+        "under torchrun, what sums gradients: auto is nccl for CUDA, else gloo",
+        choices="auto nccl gloo",
+    )
+    ddp_timeout: int = _option(
+        1800, "under torchrun, seconds after which a process that does not answer counts as lost"
+    )
     # Watching and saving
     logging_steps: int = _option(500, "log loss and rate every N steps")
     eval_strategy: str = _option("epoch", "when to evaluate", choices="no steps epoch")
@@ -509,6 +531,8 @@ class TrainConfig:
                 f"attn_implementation {self.attn_implementation} is for padded rows; "
                 "add --no-packing"
             )
+        if self.dropout_by_row and not self.packing:
+            raise UsageError("dropout_by_row is for packed rows; leave out --no-packing")
         if not self.packing and self.matmul == "onednn":
             raise UsageError("matmul onednn is for packed rows; leave out --no-packing")
         _ = self.reading  # is checked as it is made
@@ -563,7 +587,7 @@ _MINIMUM = {
         1: "per_device_train_batch_size per_device_eval_batch_size eval_batch_tokens "
         "train_batch_tokens gradient_accumulation_steps "
         "logging_steps eval_steps save_steps save_total_limit max_train_samples "
-        "max_eval_samples early_stopping_patience seeds",
+        "max_eval_samples early_stopping_patience seeds ddp_timeout",
         0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
         "warmup_steps warmup_ratio num_train_epochs seed window_overlap context_tokens "
         "early_stopping_threshold label_smoothing_factor",

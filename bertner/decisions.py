@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from bertner.batches import PackedBatch, PaddedBatch
 from bertner.data import TokenDataset, begins_word, sum_parts
 from bertner.decoding import repair, stranded_types
+from bertner.distributed import ALONE, Ranks
 from bertner.errors import UsageError
 from bertner.labels import IntArray
 
@@ -61,15 +63,15 @@ class Decider:
         self._token_labels = np.zeros(len(dataset.input_ids), dtype=np.int16)
         # Words without wordpieces stay O, whatever stands beside them.
         self._labels = np.full(num_words, dataset.label_set.outside, dtype=np.int16)
-        self._scores = np.ones(num_words, dtype=np.float32)
+        self._scores = np.zeros(num_words, dtype=np.float32)
         self._num_repaired = 0
         how = self.reading.word_decision, self.reading.decoding
         self._takes_first_piece = how == ("first", "argmax")
+        self._has_pieces = np.zeros(num_words, dtype=bool)
+        self._has_pieces[dataset.word_ids] = True
         if self.reading.decoding == "viterbi":
-            has_pieces = np.zeros(num_words, dtype=bool)
-            has_pieces[dataset.word_ids] = True
             # Of each sentence: how many words there are to come.
-            self._num_words = sum_parts(has_pieces, dataset.sentence_starts, np.int32)
+            self._num_words = sum_parts(self._has_pieces, dataset.sentence_starts, np.int32)
             self._parts: dict[int, list[_Words]] = {}  # of sentences that are not all there yet
 
     def add(self, batch: PackedBatch | PaddedBatch, logits: Tensor) -> None:
@@ -140,8 +142,36 @@ class Decider:
         everything = np.logaddexp.reduce(found.scores, axis=1)
         self._scores[found.numbers] = np.exp(best - everything)
 
-    def decide(self) -> Decisions:
-        """The decisions, once all batches are in."""
+    def _exchange(self, ranks: Ranks) -> None:
+        """Takes in what other ranks have decided, and then what none could decide alone."""
+        outside = self.dataset.label_set.outside
+        # What a rank has not decided is zero there. Neither backend sums 16-bit integers.
+        token_labels = torch.from_numpy(self._token_labels.astype(np.int32))
+        labels = torch.from_numpy(self._labels.astype(np.int32) - outside)
+        num_repaired = torch.tensor(self._num_repaired)
+        ranks.sum([token_labels, labels, torch.from_numpy(self._scores), num_repaired])
+        self._token_labels = token_labels.numpy().astype(np.int16)
+        self._labels = (labels.numpy() + outside).astype(np.int16)
+        self._num_repaired = int(num_repaired)
+        if self.reading.decoding == "viterbi":
+            size = len(self.dataset.label_set.names)
+            nothing = _Words(
+                np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, size), np.float32)
+            )
+            parts = [nothing, *(part for parts in self._parts.values() for part in parts)]
+            self._parts.clear()
+            numbers, labels_of, scores = (
+                torch.cat(ranks.gather_rows(torch.from_numpy(np.concatenate(each)))).numpy()
+                for each in zip(*parts, strict=True)
+            )
+            if len(numbers):
+                self._collect(_Words(numbers, labels_of, scores))
+
+    def decide(self, ranks: Ranks = ALONE) -> Decisions:
+        """The decisions, once all batches are in; each rank may have had some of them."""
+        if ranks.world_size > 1:
+            self._exchange(ranks)
+        self._scores[~self._has_pieces] = 1.0
         labels = self._labels
         if self._takes_first_piece:
             labels = self.dataset.decide_words(self._token_labels, self.dataset.label_set.outside)

@@ -22,9 +22,11 @@ class BertnerError(Exception):
 
     Attributes:
         exit_code: What the process ends with (see docs/exit-codes.md).
+        is_told_elsewhere: Whether another process of the same run tells of it.
     """
 
     exit_code = 1
+    is_told_elsewhere = False
 
 
 class UsageError(BertnerError, ValueError):
@@ -69,6 +71,12 @@ class OutputDirectoryError(BertnerError):
 
 class StorageError(BertnerError, OSError):
     """A disk or the network failed: nothing is wrong with what the user wrote."""
+
+    exit_code = 74
+
+
+class PeerError(BertnerError):
+    """Another process of the same run is gone, or cannot be reached."""
 
     exit_code = 74
 

@@ -17,6 +17,7 @@ from bertner.batches import PackedBatch, PaddedBatch, packed_by_length, padded_b
 from bertner.config import EVAL_TOKENS
 from bertner.data import TokenDataset, sum_parts
 from bertner.decisions import Decider
+from bertner.distributed import ALONE, Ranks
 from bertner.labels import IGNORE_INDEX, IntArray
 from bertner.metrics import EntityScores, score_entities
 from bertner.model import BertForNER, autocast, token_loss
@@ -87,6 +88,7 @@ def evaluate(
     matmul: str = "auto",
     on_batch: Callable[[int], object] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Scores a model; what is kept of each batch is one label and one loss a token (see `Decider`).
 
@@ -101,8 +103,9 @@ def evaluate(
         packing: Compute real tokens only; else pad rows, as the Trainer does.
         batch_tokens: Most tokens in a packed batch.
         matmul: See `TrainConfig.matmul`; for packed rows.
-        on_batch: Is told the number of rows of each batch done.
+        on_batch: Is told the number of rows of each batch done; of this rank's, if there are more.
         should_stop: Is asked after each batch.
+        ranks: Several share the batches, and each has all results: those of one, to the bit.
 
     Raises:
         Stopped: It was asked to.
@@ -113,10 +116,11 @@ def evaluate(
     model.eval()
     losses = np.zeros(len(dataset.input_ids), dtype=np.float32)
     batches: Iterator[PackedBatch | PaddedBatch] = (
-        packed_by_length(dataset, batch_tokens, device)
+        packed_by_length(dataset, batch_tokens, device, ranks)
         if packing
-        else padded_by_length(dataset, batch_size, device)
+        else padded_by_length(dataset, batch_size, device, ranks)
     )
+    stopped = False
     try:
         with kernels.hot_path(matmul, device, dtype) if packing else nullcontext():
             for batch in batches:
@@ -127,14 +131,17 @@ def evaluate(
                 losses[batch.token_index] = loss[batch.is_own].cpu().numpy()
                 if on_batch is not None:
                     on_batch(len(batch.rows))
-                if should_stop():
-                    raise Stopped
+                if stopped := should_stop():
+                    break
     finally:
         model.train(was_training)
+    if ranks.any(stopped):
+        raise Stopped
+    ranks.sum([torch.from_numpy(losses)])
 
     row_losses = sum_parts(losses, dataset.rows.starts, np.float64)
     scored = dataset.labels != IGNORE_INDEX
-    label_set, decisions = dataset.label_set, decider.decide()
+    label_set, decisions = dataset.label_set, decider.decide(ranks)
     return Evaluation(
         loss=float(row_losses.sum() / max(dataset.row_num_labelled.sum(), 1)),
         loss_batch_mean=_mean_of_batch_means(row_losses, dataset.row_num_labelled, batch_size),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +27,33 @@ from torch import Tensor, nn
 
 from bertner.errors import UsageError
 
+# Devices that work through a queue: whoever asks for a value there waits until the queue is empty.
+QUEUED = ("cuda",)
+
+
+def is_queued(device: torch.device) -> bool:
+    """Whether the hot path must not ask this device for a value."""
+    return device.type in QUEUED
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for it to get there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
 
 def seed_dropout(seed: int, device: torch.device) -> None:
     """Seeds PyTorch's global generator of a device.
 
-    For a CPU that one alone: `torch.manual_seed` prepares every other device for its first use,
-    too, which takes half a millisecond.
+    That one alone: `torch.manual_seed` prepares every other device for its first use, too, which
+    takes half a millisecond.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
+    elif device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
     else:
         torch.manual_seed(seed)
 
@@ -333,20 +352,20 @@ def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     return torch.cat([_product(x, layer.weight, layer.bias)[0] for layer in layers], dim=-1)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, _Rounding]:
-    """A linear layer; also its input as it went into the product, and how that was rounded.
+def _product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, _Rounding, Tensor]:
+    """A linear layer; its input as it went into the product, how it was rounded, the weight too.
 
     Whatever autocast would do here is done by hand, so it is off within.
     """
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
-        return torch.addmm(bias, x, weight.t()), x, _EXACT
+        return torch.addmm(bias, x, weight.t()), x, _EXACT, weight
     emulates = bool(_choices) and _choices[-1].emulates_bfloat16
     rounded = _Rounding(torch.get_autocast_dtype(kind), emulates)
     with torch.autocast(kind, enabled=False):
-        factor = rounded.factor(x)
-        result = torch.addmm(rounded.factor(bias), factor, rounded.factor(weight).t())
-        return rounded.result(result), factor, rounded
+        factor, short = rounded.factor(x), rounded.factor(weight)
+        result = torch.addmm(rounded.factor(bias), factor, short.t())
+        return rounded.result(result), factor, rounded, short
 
 
 @dataclass(frozen=True)
@@ -419,10 +438,12 @@ class _Linear(torch.autograd.Function):
         bias: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        result, factor, ctx.rounded = _product(x, weight, bias)
+        result, factor, ctx.rounded, short = _product(x, weight, bias)
         ctx.function = recipe and recipe.function
         ctx.save_for_backward(recipe.x if recipe else factor)
-        ctx.weight, ctx.parameters, ctx.dtype = weight, parameters, x.dtype
+        # A card has the memory to keep what it has rounded; a CPU rounds it again.
+        ctx.weight = short if is_queued(x.device) else weight
+        ctx.parameters, ctx.dtype = parameters, x.dtype
         return result
 
     @staticmethod
@@ -446,8 +467,9 @@ class _Linear(torch.autograd.Function):
             buffer.copy_(grad.t() @ x)
         for weight in weights:
             weight.grad = weight.grad_buffer
-            # Now, while it is in the cache: for `optimizer.gradient_norm`. The last call counts.
-            weight.grad_square = sum_of_squares(weight.grad)
+            if not is_queued(x.device):
+                # Now, while it is in the cache: for `optimizer.gradient_norm`; the last call's.
+                weight.grad_square = sum_of_squares(weight.grad)
         grad_bias = grad.sum(0, dtype=biases[0].dtype)
         sizes = [len(bias) for bias in biases]
         grad_biases = torch.split(grad_bias, sizes) if half > 1 else (grad_bias,)
@@ -510,6 +532,10 @@ def has_buffer(parameter: Tensor) -> bool:
     return hasattr(parameter, "grad_buffer")
 
 
+# Of so small a table, such as that of token types, a batch has about all rows.
+_FEW_ROWS = 8
+
+
 @contextmanager
 def gradient_buffers(model: nn.Module) -> Iterator[None]:
     """Gives the gradients of a model's linear layers places that stay, and embeddings sparse ones.
@@ -525,9 +551,9 @@ def gradient_buffers(model: nn.Module) -> Iterator[None]:
     """
     linear_weights, tables = _weights(model, nn.Linear), _weights(model, nn.Embedding)
     like = next(model.parameters())
-    tables = [
-        t for t in tables if t.device.type == "cpu" and all(t is not w for w in linear_weights)
-    ]
+    is_cpu = like.device.type == "cpu" and not is_queued(like.device)
+    tables = [t for t in tables if all(t is not w for w in linear_weights)]
+    sparse = [t for t in tables if is_cpu and len(t) > _FEW_ROWS]
     if any(map(has_buffer, linear_weights)):
         raise RuntimeError("this model is in training already: it has buffers for its gradients")
     # In one piece and in the order of the weights, so that what is stacked there is stacked here.
@@ -537,7 +563,7 @@ def gradient_buffers(model: nn.Module) -> Iterator[None]:
         weight.grad = None
         weight.grad_buffer = part.view_as(weight)
         weight.grad_square = None
-    for table in tables:
+    for table in sparse:
         table.grad = None
         table.sparse_grad = True
     try:
@@ -548,6 +574,7 @@ def gradient_buffers(model: nn.Module) -> Iterator[None]:
             del weight.grad_buffer, weight.grad_square
         for table in tables:
             table.grad = None
+        for table in sparse:
             del table.sparse_grad
 
 
@@ -573,6 +600,41 @@ def hot_path(matmul: str, device: torch.device, dtype: str) -> Iterator[None]:
     keep_freed_memory()
     with multiply_by(choose_products(matmul, device, dtype)):
         yield
+
+
+@contextmanager
+def on_device(device: torch.device, *, tf32: bool, deterministic: bool) -> Iterator[None]:
+    """How a CUDA device computes while it is open; elsewhere it does nothing.
+
+    Args:
+        device: Where the model is.
+        tf32: Let products of float32 round their factors to 10 bits of mantissa, as Ampere and
+            later do them fastest.
+        deterministic: Use only kernels that give the same bits each time.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    # Read when cuBLAS is first used; without it its products may differ from call to call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    products: Any = torch.backends.cuda.matmul
+    memory: Any = torch.utils.deterministic
+    before = (
+        products.fp32_precision,
+        torch.are_deterministic_algorithms_enabled(),
+        memory.fill_uninitialized_memory,
+    )
+    products.fp32_precision = "tf32" if tf32 else "ieee"
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        # That finds what reads memory before it is written; here it would cost time alone.
+        memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        products.fp32_precision = before[0]
+        torch.use_deterministic_algorithms(before[1])
+        memory.fill_uninitialized_memory = before[2]
 
 
 @lru_cache

@@ -17,15 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from bertner import kernels
-from bertner.batches import Schedule, collate, pack
+from bertner.batches import PackedBatch, Schedule, collate, pack
 from bertner.config import TrainConfig
 from bertner.data import NumberArray, TokenDataset
-from bertner.errors import NotFiniteError
+from bertner.distributed import ALONE, Ranks
+from bertner.errors import NotFiniteError, UsageError
 from bertner.evaluation import Evaluation, evaluate
+from bertner.graphs import Batches, StepGraphs, side_stream, why_no_graphs
 from bertner.labels import IntArray
 from bertner.model import BertForNER, autocast, token_loss
-from bertner.optimizer import build_optimizer, clip, gradient_norm
-from bertner.progress import Progress, Save, StepReport, TrainResult, TrainState, Watcher
+from bertner.optimizer import build_optimizer, clip, gradient_norm, sum_gradients
+from bertner.progress import (
+    InFlight,
+    Progress,
+    Save,
+    StepReport,
+    TrainResult,
+    TrainState,
+    Watcher,
+)
 
 # What goes in and out of `train`, from one place.
 __all__ = [
@@ -51,7 +61,13 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    """Seed of the dropout of one micro-batch: the same however the run got there."""
+    """Seed of the dropout of one micro-batch: the same however the run got there.
+
+    Args:
+        seed: Of the run.
+        step: From 0.
+        micro_batch: Number in the step, from 0, those of all ranks counted; or a row.
+    """
     state = np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)
     return int(state[0]) >> 1  # torch takes 63 bits on every device
 
@@ -86,6 +102,7 @@ def train(
     save: Save | None = None,
     state: TrainState | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Fine-tunes a model in place.
 
@@ -102,6 +119,8 @@ def train(
             far if the best model is to be kept.
         state: Carry on from here; the model has the weights that belong to it.
         should_stop: Is asked after each step and each batch of an evaluation.
+        ranks: Several train together (see `distributed.join`): each has the same model, data and
+            settings, and computes its share of every step. `save` is called on the first alone.
 
     Raises:
         NotFiniteError: Loss or gradient norm is infinite or NaN; the step that it came up in is not
@@ -109,50 +128,88 @@ def train(
         CheckpointError: `state` is not one of such a run.
     """
     device = model.device
+    if config.dropout_by_row and device.type != "cpu":
+        raise UsageError(f"dropout_by_row is for packed rows on a CPU, not on {device.type}")
     model.config = replace(model.config, reading=dataset.reading)  # goes where the weights go
     parameters = list(model.parameters())
     optimizer = build_optimizer(model, config)
-    schedule = Schedule(dataset.row_lengths, config)
+    schedule = Schedule(dataset.row_lengths, config, ranks.world_size)
     total_steps, warmup_steps = schedule.total_steps, schedule.warmup_steps
-    progress = Progress(config, model, optimizer, schedule, evaluation, watcher, save, should_stop)
+    progress = Progress(
+        config, model, optimizer, schedule, evaluation, watcher, save, should_stop, ranks
+    )
     if state is not None:
         progress.carry_on(state)
     model.train()
     smoothing = config.label_smoothing_factor
     label_weights, row_weights = _weights(dataset, config.class_weights, device)
     make_batch, norm_of = (pack, gradient_norm) if config.packing else (collate, _reference_norm)
+    in_flight: InFlight[tuple[int, float, IntArray]] = InFlight(device)
 
-    with _frozen(model, config), _short_ways(model, config):
+    def take_step(batches: Batches, weight: Tensor | float, rate: Tensor | float) -> Tensor:
+        optimizer.zero_grad()
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        loss_sum = torch.zeros((), device=device)
+        for batch, seed in batches:
+            if seed is not None:
+                kernels.seed_dropout(seed, device)
+            with autocast(device, config.dtype):
+                logits = model(batch.input_ids, **batch.layout).logits
+            share = token_loss(logits, batch.labels, "sum", smoothing, label_weights) / weight
+            share.backward()  # type: ignore[no-untyped-call]
+            loss_sum += share.detach()
+        sum_gradients(trained, ranks, loss_sum)
+        norm = norm_of([parameter for parameter in trained if parameter.grad is not None])
+        # Without waiting for the device, which must not take a bad step.
+        optimizer.halt_unless_finite(loss_sum, norm)
+        if config.max_grad_norm > 0:
+            clip(optimizer, config.max_grad_norm, norm, fold=config.packing)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        return torch.stack([loss_sum, norm])
+
+    def micro_batches_of(step: int, micro_batches: Sequence[IntArray]) -> Batches:
+        for k, rows in enumerate(schedule.share(micro_batches, ranks.rank)):
+            if len(rows) == 0:
+                continue  # fewer are left at the end of an epoch than there are ranks
+            batch = make_batch(dataset, rows, device)
+            if config.dropout_by_row and isinstance(batch, PackedBatch):
+                seeds = [dropout_seed(config.seed, step, row) for row in batch.rows]
+                batch = replace(batch, dropout_seeds=seeds)
+            number = k * ranks.world_size + ranks.rank
+            yield batch, dropout_seed(config.seed, step, number)
+
+    def land(wait: bool) -> None:
+        for (loss, norm), (step, rate, rows) in in_flight.landed(wait):
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise _not_finite(step, loss, norm, dataset, rows)
+            # What follows only watches: it changes no weight.
+            progress.after_step(loss, norm, rate, int(dataset.row_lengths[rows].sum()))
+
+    with (
+        kernels.on_device(device, tf32=config.tf32, deterministic=config.deterministic),
+        _frozen(model, config),
+        _short_ways(model, config),
+        side_stream(device),
+    ):
+        graphs = None
+        if why_no_graphs(config, model, ranks) is None:
+            graphs = StepGraphs(take_step, dataset, device)
         for step, micro_batches in schedule.steps_from(progress.step):
-            if progress.finished or progress.stopped:
+            if step == total_steps or progress.finished or progress.stopped:
                 break
-            optimizer.zero_grad()
             all_rows = np.concatenate(micro_batches)
             weight = row_weights[all_rows].sum().item() or 1  # of the whole step's labelled tokens
-            loss_sum = torch.zeros((), device=device)
-            for k, rows in enumerate(micro_batches):
-                batch = make_batch(dataset, rows, device)
-                kernels.seed_dropout(dropout_seed(config.seed, step, k), device)
-                with autocast(device, config.dtype):
-                    logits = model(batch.input_ids, **batch.layout).logits
-                share = token_loss(logits, batch.labels, "sum", smoothing, label_weights) / weight
-                share.backward()  # type: ignore[no-untyped-call]
-                loss_sum += share.detach()
-            norm = norm_of([p for p in parameters if p.grad is not None])
-            # Waits for the device: weights must not take a bad step.
-            loss, grad_norm = loss_sum.item(), norm.item()
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise _not_finite(step, loss, grad_norm, dataset, all_rows)
-            if config.max_grad_norm > 0:
-                clip(optimizer, config.max_grad_norm, norm, fold=config.packing)
             rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-
-            # What follows only watches: it changes no weight.
-            num_tokens = int(dataset.row_lengths[all_rows].sum())
-            progress.after_step(loss, grad_norm, rate, num_tokens)
+            if graphs is None:
+                result = take_step(micro_batches_of(step, micro_batches), weight, rate)
+            else:
+                seed = dropout_seed(config.seed, step, 0)
+                result = graphs.step(all_rows, seed, weight, rate)
+            in_flight.launched(result, (step, rate, all_rows))
+            land(progress.is_due_after(step + 1))
+        land(True)
     model.eval()
     return progress.result()
 

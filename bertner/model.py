@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,16 +29,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertner import kernels
-from bertner.attention import ATTENTION, attention_mask_for, attention_packed
+from bertner.attention import (
+    ATTENTION,
+    attention_jagged,
+    attention_mask_for,
+    attention_packed,
+)
 from bertner.config import BertConfig
 from bertner.errors import ModelError, UsageError, visible
 from bertner.files import read_json
 from bertner.hub import find_model
 from bertner.labels import IGNORE_INDEX, LabelSet
-from bertner.packing import Packing
+from bertner.packing import JaggedPacking, Packing
 from bertner.weights import Weights, check_weights, save_model
 
 logger = logging.getLogger("bertner")
+
+PackedLayout = Packing | JaggedPacking
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -103,7 +110,9 @@ class BertEmbeddings(nn.Module):
         hidden_states = hidden_states + self.position_embeddings(positions)
         return cast(Tensor, self.dropout(self.LayerNorm(hidden_states)))
 
-    def packed(self, input_ids: Tensor, token_type_ids: Tensor | None, packing: Packing) -> Tensor:
+    def packed(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, packing: PackedLayout
+    ) -> Tensor:
         """The same for packed tokens: (P,) ids to (P, D)."""
         if token_type_ids is None:
             token_type = self.token_type_embeddings.weight[0]  # (D,)
@@ -127,9 +136,9 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | PackedLayout | None) -> Tensor:
         """(B, T, D) to (B, T, D), or (P, D) to (P, D)."""
-        if isinstance(layout, Packing):
+        if isinstance(layout, PackedLayout):
             return self.packed(hidden_states, layout)
         batch, length, _ = hidden_states.shape
 
@@ -143,9 +152,13 @@ class BertSelfAttention(nn.Module):
         context = self.attention(query, key, value, layout, dropout)  # (B, N, T, H)
         return context.transpose(1, 2).reshape(batch, length, -1)
 
-    def packed(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+    def packed(self, hidden_states: Tensor, packing: PackedLayout) -> Tensor:
         """(P, D) to (P, D)."""
         qkv = kernels.linear(hidden_states, self.query, self.key, self.value)  # (P, 3 * D)
+        if isinstance(packing, JaggedPacking):
+            dropout = self.dropout_prob if packing.training else 0.0
+            borders, length = packing.cu_seqlens, packing.max_length
+            return attention_jagged(qkv, borders, length, self.num_attention_heads, dropout)
         draw_keep = None
         if packing.dropout_masks is not None and self.dropout_prob > 0.0:
             draw_keep = partial(packing.dropout_masks.draw, p=self.dropout_prob)
@@ -162,10 +175,10 @@ class BertResidual(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, sublayer_output: Tensor, sublayer_input: Tensor, layout: Tensor | Packing | None
+        self, sublayer_output: Tensor, sublayer_input: Tensor, layout: Tensor | PackedLayout | None
     ) -> Tensor:
         """(B, T, in_size) and (B, T, D) to (B, T, D), or the same packed."""
-        if isinstance(layout, Packing):
+        if isinstance(layout, PackedLayout):
             projected = layout.dropout(kernels.linear(sublayer_output, self.dense), self.dropout.p)
             # In place, unless autocast has rounded one of them alone.
             same = projected.dtype == sublayer_input.dtype
@@ -183,7 +196,7 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config, attention)
         self.output = BertResidual(config.hidden_size, config)
 
-    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | PackedLayout | None) -> Tensor:
         """(B, T, D) to (B, T, D), or the same packed."""
         return cast(Tensor, self.output(self.self(hidden_states, layout), hidden_states, layout))
 
@@ -198,9 +211,9 @@ class BertIntermediate(nn.Module):
             nn.PReLU() if config.hidden_act == "prelu" else ACTIVATION_FUNCTIONS[config.hidden_act]
         )
 
-    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | PackedLayout | None) -> Tensor:
         """(B, T, D) to (B, T, intermediate_size), or the same packed."""
-        if isinstance(layout, Packing):
+        if isinstance(layout, PackedLayout):
             wide = kernels.linear(hidden_states, self.dense)
             return kernels.recomputed(self.intermediate_act_fn, wide)
         return cast(Tensor, self.intermediate_act_fn(self.dense(hidden_states)))
@@ -215,7 +228,7 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertResidual(config.intermediate_size, config)
 
-    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | PackedLayout | None) -> Tensor:
         """(B, T, D) to (B, T, D), or the same packed."""
         attended = self.attention(hidden_states, layout)
         return cast(Tensor, self.output(self.intermediate(attended, layout), attended, layout))
@@ -230,7 +243,7 @@ class BertEncoder(nn.Module):
             BertLayer(config, attention) for _ in range(config.num_hidden_layers)
         )
 
-    def forward(self, hidden_states: Tensor, layout: Tensor | Packing | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Tensor | PackedLayout | None) -> Tensor:
         """(B, T, D) to (B, T, D), or the same packed."""
         for layer in self.layer:
             hidden_states = layer(hidden_states, layout)
@@ -248,16 +261,16 @@ class BertModel(nn.Module):
         self.max_position_embeddings = config.max_position_embeddings
 
     def forward(
-        self, input_ids: Tensor, layout: Tensor | Packing | None, token_type_ids: Tensor | None
+        self, input_ids: Tensor, layout: Tensor | PackedLayout | None, token_type_ids: Tensor | None
     ) -> Tensor:
         """(B, T) ids and their attention mask to (B, T, D), or (P,) and their packing to (P, D)."""
-        length = layout.max_length if isinstance(layout, Packing) else input_ids.shape[1]
+        length = layout.max_length if isinstance(layout, PackedLayout) else input_ids.shape[1]
         if length > self.max_position_embeddings:
             raise ValueError(
                 f"{length} tokens in a row, but the model has "
                 f"{self.max_position_embeddings} positions; cut the text into shorter rows"
             )
-        if isinstance(layout, Packing):
+        if isinstance(layout, PackedLayout):
             hidden_states = self.embeddings.packed(input_ids, token_type_ids, layout)
         else:
             hidden_states = self.embeddings(input_ids, token_type_ids)
@@ -360,6 +373,8 @@ class BertForNER(nn.Module):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        dropout_seeds: Sequence[int] | None = None,
     ) -> TokenClassifierOutput:
         """Scores every token of rows that are padded, (B, T), or packed one after another, (P,).
 
@@ -369,18 +384,36 @@ class BertForNER(nn.Module):
             token_type_ids: (B, T) or (P,), None for all zero.
             labels: (B, T) or (P,) label ids, -100 where a token has none.
             cu_seqlens: (B + 1,) for packed rows: where each begins, and the number of tokens.
+            max_seqlen: For packed rows on a CUDA device: no row has more tokens. None to ask the
+                device, which takes time.
+            dropout_seeds: (B,) for packed rows on a CPU, in training: what a row drops then does
+                not depend on the rows beside it.
         """
         if cu_seqlens is None:
             hidden_states = self.dropout(self.bert(input_ids, attention_mask, token_type_ids))
         else:
             if attention_mask is not None:
                 raise ValueError("packed rows have no padding: attention_mask must be None")
-            packing = Packing(cu_seqlens, self.training)
+            packing = self._packing(len(input_ids), cu_seqlens, max_seqlen, dropout_seeds)
             hidden_states = self.bert(input_ids, packing, token_type_ids)
             hidden_states = packing.dropout(hidden_states, self.dropout.p)
         logits = self.classifier(hidden_states)  # (B, T, C) or (P, C)
         loss = None if labels is None else token_loss(logits, labels, "mean")
         return TokenClassifierOutput(logits, loss)
+
+    def _packing(
+        self,
+        num_tokens: int,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+        dropout_seeds: Sequence[int] | None,
+    ) -> PackedLayout:
+        """What the layers need to know of packed rows, where they are."""
+        if not kernels.is_queued(cu_seqlens.device):
+            return Packing(cu_seqlens, self.training, dropout_seeds)
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        return JaggedPacking(cu_seqlens, num_tokens, max_seqlen, self.training)
 
     @property
     def label_set(self) -> LabelSet:

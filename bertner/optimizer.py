@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bertner.config import TrainConfig
-from bertner.kernels import sum_of_squares
+from bertner.distributed import Ranks
+from bertner.kernels import is_queued, sum_of_squares
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
@@ -44,15 +45,61 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,
+        capturable=any(is_queued(parameter.device) for parameter in (*decay, *no_decay)),
+    )
+
+
+def sum_gradients(parameters: Sequence[Tensor], ranks: Ranks, *others: Tensor) -> None:
+    """Adds up the gradients of all ranks, in place; every rank has the same bits then.
+
+    Args:
+        parameters: Those that are trained; a rank without rows of its own has no gradients yet.
+        ranks: Of the run.
+        others: Tensors to be added up besides.
+    """
+    if ranks.world_size == 1:
+        return
+    dense = [*others]
+    for parameter in parameters:
+        if hasattr(parameter, "sparse_grad"):
+            parameter.grad = _sum_rows(parameter, ranks)
+            continue
+        if parameter.grad is None:
+            buffer = getattr(parameter, "grad_buffer", None)
+            parameter.grad = torch.zeros_like(parameter) if buffer is None else buffer.zero_()
+        dense.append(parameter.grad)
+    ranks.sum(dense)
+    for parameter in parameters:
+        if getattr(parameter, "grad_square", None) is not None:
+            parameter.grad_square = sum_of_squares(parameter.grad)  # type: ignore[attr-defined, arg-type]
+
+
+def _sum_rows(table: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of a table's sparse gradients, sparse too: the rows that any rank has."""
+    grad = table.grad
+    if grad is None:
+        rows, values = torch.zeros(0, dtype=torch.int64), table.new_zeros(0, table.shape[1])
+    elif not grad.is_sparse:  # something else has a gradient on it, too
+        rows, values = torch.arange(len(table)), grad
+    else:
+        rows, values = grad.indices()[0], grad.values()
+    rows, place = torch.unique(torch.cat(ranks.gather_rows(rows)), return_inverse=True)
+    # Rank after rank, so that the order of summation is always the same.
+    total = table.new_zeros(len(rows), table.shape[1])
+    total.index_add_(0, place, torch.cat(ranks.gather_rows(values)))
+    return torch.sparse_coo_tensor(
+        rows[None], total, table.shape, is_coalesced=True, check_invariants=False
     )
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of the gradients of `parameters`, each of which has one.
 
-    Read from memory they cost a twentieth of a step; so `linear` adds up the squares of a gradient
-    as soon as it is computed.
+    Read from memory they cost a twentieth of a step; so on a CPU `linear` adds up the squares of a
+    gradient as soon as it is computed. On a CUDA device few large kernels are faster than that.
     """
+    if is_queued(parameters[0].device):
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     squares = []
     for parameter in parameters:
         grad = parameter.grad
@@ -78,7 +125,10 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor, *, fol
     if fold and norm.device.type in ("cpu", "cuda"):
         # Where gradient scaling of float16 hands its factor over; fused optimizers divide by it.
         scale = (norm + 1e-6) / max_norm
-        optimizer.grad_scale = scale if scale > 1.0 else None  # type: ignore[attr-defined]
+        if is_queued(norm.device):
+            optimizer.grad_scale = scale.clamp(min=1.0)  # type: ignore[attr-defined]
+        else:
+            optimizer.grad_scale = scale if scale > 1.0 else None  # type: ignore[attr-defined]
     else:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -91,11 +141,30 @@ class AdamW(torch.optim.AdamW):
     piece of memory. And a parameter whose gradient is sparse is stepped as if it were dense, where
     PyTorch's refuses it; such a gradient is None after the step. `state_dict` has PyTorch's form,
     and reads it. `amsgrad` and `maximize` are not supported.
+
+    Attributes:
+        halted: 1 after `halt_unless_finite` has seen a value that is not finite: no step is taken
+            from then on. On the device, so that nobody waits for it.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.halted = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        self.found_inf: Tensor | None = None
+
+    def halt_unless_finite(self, *values: Tensor) -> None:
+        """Takes no step from now on if one of the values, which are scalars, is not finite."""
+        is_bad = (~torch.isfinite(torch.stack(values))).any().to(self.halted.dtype)
+        torch.maximum(self.halted, is_bad, out=self.halted)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Takes a step; a closure is not supported."""
         assert closure is None
+        if is_queued(self.halted.device):
+            # Where gradient scaling of float16 says that a step is to be skipped.
+            self.found_inf = self.halted
+        elif self.halted.item() > 0:
+            return
         fresh, sparse = [], []
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -6,9 +6,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bertner.kernels import KeepMasks
@@ -125,12 +128,90 @@ class HeadPlaces:
         return sum(b.num_rows * self.num_heads * b.length**2 for b in self.blocks)
 
 
+class JaggedPacking:
+    """The same as `Packing`, for a device that nobody is to ask for the lengths of rows.
+
+    Everything is computed from `cu_seqlens` where that lies, in shapes that the arguments decide.
+
+    Args:
+        cu_seqlens: (B + 1,) where each row begins, and the number of tokens; none is empty.
+        num_tokens: P.
+        max_length: No row has more tokens.
+        training: Whether to drop units.
+
+    Attributes:
+        position_ids: (P,) place of each token in its row.
+    """
+
+    def __init__(
+        self, cu_seqlens: Tensor, num_tokens: int, max_length: int, training: bool
+    ) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.max_length = max_length
+        self.training = training
+        places = torch.arange(num_tokens, device=cu_seqlens.device)
+        rows = torch.searchsorted(cu_seqlens, places, right=True) - 1
+        self.position_ids = places - cu_seqlens[rows]
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """Drops units of `x`, in training."""
+        return F.dropout(x, p) if self.training and p > 0.0 else x
+
+
+class RowMasks(KeepMasks):
+    """Dropout's random masks, for each row by itself, on a CPU.
+
+    What a row drops then depends on its seed alone, not on the rows beside it: however the rows of
+    a step are divided, the same units are dropped.
+
+    Args:
+        seeds: Of each row.
+        lengths: Tokens of each row.
+        blocks: In which their attention is computed.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], lengths: Sequence[int], blocks: Sequence[Block]
+    ) -> None:
+        self.device = torch.device("cpu")
+        self.row_bits = [np.random.SFC64(seed) for seed in seeds]
+        self.lengths = lengths
+        self.blocks = blocks
+
+    def _draw_units(self, shape: Sequence[int]) -> Tensor:
+        """Of tokens, (P, D), or of all attention weights."""
+        if len(shape) > 1:
+            sizes = [length * shape[1] for length in self.lengths]
+            parts = [_units(*each) for each in zip(self.row_bits, sizes, strict=True)]
+            return torch.from_numpy(np.concatenate(parts)).view(*shape)
+        result = np.zeros(shape, dtype=np.int16)  # also where there is no token
+        num_heads = shape[0] // sum(b.num_rows * b.length**2 for b in self.blocks)
+        place, row = 0, 0
+        for block in self.blocks:
+            size = num_heads * block.length**2
+            for _ in range(block.num_rows):
+                length = self.lengths[row]
+                scores = result[place : place + size].reshape(num_heads, block.length, block.length)
+                units = _units(self.row_bits[row], num_heads * length**2)
+                scores[:, :length, :length] = units.reshape(num_heads, length, length)
+                place, row = place + size, row + 1
+        return torch.from_numpy(result)
+
+
+def _units(bits: np.random.SFC64, count: int) -> NDArray[np.int16]:
+    """Random integers, uniform over all values."""
+    words: Any = bits.random_raw(-(-count // 4))
+    units: NDArray[np.int16] = words.view(np.int16)[:count]
+    return units
+
+
 class Packing:
     """What the layers need to know of a packed batch.
 
     Args:
         cu_seqlens: (B + 1,) where each row begins, and the number of tokens.
         training: Whether to drop units.
+        dropout_seeds: (B,) a seed for each row, see `RowMasks`; None to draw for all rows at once.
 
     Attributes:
         max_length: Tokens of the longest row.
@@ -139,7 +220,9 @@ class Packing:
         dropout_masks: Source of dropout's masks; None outside training.
     """
 
-    def __init__(self, cu_seqlens: Tensor, training: bool) -> None:
+    def __init__(
+        self, cu_seqlens: Tensor, training: bool, dropout_seeds: Sequence[int] | None = None
+    ) -> None:
         starts: list[int] = cu_seqlens.tolist()
         lengths = [stop - start for start, stop in itertools.pairwise(starts)]
         if not lengths or min(lengths) < 1 or starts[0] != 0:
@@ -150,7 +233,11 @@ class Packing:
         self.positions = np.arange(starts[-1]) - np.repeat(self.starts, lengths)
         self.position_ids = torch.from_numpy(self.positions).to(self.device)
         self.blocks: list[Block] = plan_blocks(lengths)
-        self.dropout_masks = KeepMasks(self.device) if training else None
+        self.dropout_masks: KeepMasks | None = None
+        if training and dropout_seeds is not None:
+            self.dropout_masks = RowMasks(dropout_seeds, lengths, self.blocks)
+        elif training:
+            self.dropout_masks = KeepMasks(self.device)
         self._places: dict[int, HeadPlaces] = {}
 
     def dropout(self, x: Tensor, p: float) -> Tensor:

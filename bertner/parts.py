@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from bertner.corpus import Corpus, CorpusStream, CorpusSummary
 from bertner.data import PreparedData, TokenDataset, prepare
 from bertner.data_cache import prepare_file
 from bertner.data_check import check_datasets
+from bertner.distributed import ALONE, Ranks
 from bertner.errors import UsageError
 from bertner.files import read_json
+from bertner.graphs import why_no_graphs
 from bertner.hub import ModelSource, find_model
 from bertner.hub_datasets import open_dataset
 from bertner.labels import LabelSet
@@ -42,9 +45,9 @@ class Parts:
     model: BertForNER
     tokenizer: Tokenizer
 
-    def schedule(self, config: TrainConfig) -> Schedule:
+    def schedule(self, config: TrainConfig, world_size: int = 1) -> Schedule:
         """The steps that training takes."""
-        return Schedule(self.datasets["train"].row_lengths, config)
+        return Schedule(self.datasets["train"].row_lengths, config, world_size)
 
     def with_first_weights(self, config: TrainConfig) -> Parts:
         """The same parts, with the first weights of another seed."""
@@ -107,15 +110,18 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a user names; "auto" is CUDA, else MPS, else the CPU.
+    """The device that a user names; "auto" is CUDA, else XPU, else MPS, else the CPU.
 
     Raises:
         UsageError: There is no such device here.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        there: dict[str, Callable[[], bool]] = {
+            "cuda": torch.cuda.is_available,
+            "xpu": torch.xpu.is_available,
+            "mps": torch.backends.mps.is_available,
+        }
+        return torch.device(next((kind for kind, is_there in there.items() if is_there()), "cpu"))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -240,7 +246,7 @@ def _max_samples(config: TrainConfig, split: str) -> int | None:
     return config.max_train_samples if split == "train" else config.max_eval_samples
 
 
-def announce(config: TrainConfig, parts: Parts) -> None:
+def announce(config: TrainConfig, parts: Parts, ranks: Ranks = ALONE) -> None:
     """Says in the log what is about to be trained, on what and how."""
     source, model = parts.source, parts.model
     commit = f" at {source.commit[:12]}" if source.commit else ""
@@ -269,8 +275,8 @@ def announce(config: TrainConfig, parts: Parts) -> None:
         logger.warning("the same command with --check_data shows where, and more")
     logger.info(
         "%d steps on %s with %d threads, %s, rows %s, %s, into %s",
-        parts.schedule(config).total_steps,
-        model.device,
+        parts.schedule(config, ranks.world_size).total_steps,
+        model.device if ranks.world_size == 1 else f"{ranks.world_size} x {model.device.type}",
         torch.get_num_threads(),
         config.dtype,
         "packed" if config.packing else f"padded, attention {config.attn_implementation}",
@@ -280,6 +286,9 @@ def announce(config: TrainConfig, parts: Parts) -> None:
         config.output_dir,
     )
     logger.info("matrix products: %s", products_for(config, model.device))
+    if kernels.is_queued(model.device):
+        reason = why_no_graphs(config, model, ranks)
+        logger.info("CUDA graphs: %s", "on" if reason is None else f"off: {reason}")
     if weights := class_weights(parts.datasets["train"], config.class_weights):
         each = ", ".join(f"{label} {weight:.3g}" for label, weight in weights.items())
         logger.info("class weights: %s", each)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from bertner.batches import Schedule
 from bertner.config import TrainConfig
 from bertner.data import TokenDataset
+from bertner.distributed import Ranks
 from bertner.errors import CheckpointError, NotFiniteError, UsageError
 from bertner.evaluation import Evaluation, Stopped, evaluate
+from bertner.kernels import is_queued
 from bertner.model import BertForNER
 from bertner.optimizer import AdamW, load_named_state, named_state
 
@@ -111,8 +116,51 @@ class Watcher(Protocol):
         """An evaluation after a step is done."""
 
 
-# Saves the model and the state after a step.
+# Saves the model and the state after a step; of several ranks, on the first one.
 Save = Callable[[TrainState], None]
+
+
+T = TypeVar("T")
+
+
+class InFlight(Generic[T]):
+    """Steps that a device has been given, and whose results the host has not read yet.
+
+    A step's loss is needed to log it, not to take the next step. So on a device with a queue the
+    host runs a few steps ahead: the device never waits for it.
+
+    Args:
+        device: Where the results are.
+        most: Steps that the host runs ahead, at most.
+    """
+
+    def __init__(self, device: torch.device, most: int = 4) -> None:
+        self._most = most if is_queued(device) else 0
+        self._queue: deque[tuple[Tensor, torch.cuda.Event | None, T]] = deque()
+
+    def launched(self, result: Tensor, facts: T) -> None:
+        """Takes in a step's result, which is still being computed."""
+        event = None
+        if result.device.type == "cuda":
+            copy = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            result = copy.copy_(result, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        else:
+            result = result.clone()  # what it is in may be used again
+        self._queue.append((result, event, facts))
+
+    def landed(self, wait: bool) -> Iterator[tuple[list[float], T]]:
+        """Yields the results of steps, in order.
+
+        Args:
+            wait: For all that there are; else for those alone that are too many steps behind.
+        """
+        while len(self._queue) > (0 if wait else self._most):
+            result, event, facts = self._queue.popleft()
+            if event is not None:
+                event.synchronize()
+            yield result.tolist(), facts
 
 
 class Progress:
@@ -149,6 +197,7 @@ class Progress:
         watcher: Watcher | None,
         save: Save | None,
         should_stop: Callable[[], bool],
+        ranks: Ranks,
     ) -> None:
         for name in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(config, name) and evaluation is None:
@@ -162,6 +211,7 @@ class Progress:
         self.watcher = watcher
         self.save = save
         self.should_stop = should_stop
+        self.ranks = ranks
         self.step = 0
         self.losses = 0.0
         self.tokens = 0
@@ -186,6 +236,17 @@ class Progress:
         patience = self.config.early_stopping_patience
         stops_early = patience is not None and self.early_stopping_patience_counter >= patience
         return stops_early or self.step == self.total_steps
+
+    def is_due_after(self, step: int) -> bool:
+        """Whether more than counting is due once so many steps are done."""
+        config = self.config
+        return step == self.total_steps or any(
+            self._is_time(step, strategy, every)
+            for strategy, every in (
+                (config.eval_strategy, config.eval_steps),
+                (config.save_strategy, config.save_steps),
+            )
+        )
 
     def state(self) -> TrainState:
         """Where the run stands."""
@@ -250,7 +311,7 @@ class Progress:
         """Evaluates and saves if it is time; asked to stop, leaves that to who carries on."""
         config = self.config
         try:
-            if not self.watched and not self.should_stop():
+            if not self.watched and not self._asked_to_stop():
                 if self._due(config.eval_strategy, config.eval_steps):
                     self._evaluate()
                 self.watched = True
@@ -259,10 +320,14 @@ class Progress:
                     save_due = True  # what will be loaded at the end must be on disk
                 if self.save is not None and save_due:
                     self._check_finite()
-                    self.save(self.state())
+                    self.ranks.lead(partial(self.save, self.state()))
         except Stopped:
             pass
-        self.stopped = self.should_stop()
+        self.stopped = self._asked_to_stop()
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank is asked to: they do the same steps, and stop after the same one."""
+        return self.ranks.any(self.should_stop())
 
     def _seconds_stepping(self) -> float:
         """Time since the start that was not spent on evaluating and saving."""
@@ -272,9 +337,12 @@ class Progress:
         """Whether it is time; the end of a run always is, unless the strategy is "no"."""
         if strategy == "no":
             return False
-        if self.finished:
-            return True
-        return self.step % (self.steps_per_epoch if strategy == "epoch" else every) == 0
+        return self.finished or self._is_time(self.step, strategy, every)
+
+    def _is_time(self, step: int, strategy: str, every: int) -> bool:
+        """Whether a strategy says so of a step, be it the last one or not."""
+        every = self.steps_per_epoch if strategy == "epoch" else every
+        return strategy != "no" and step % every == 0
 
     def _evaluate(self) -> None:
         if self.dataset is None:
@@ -289,6 +357,7 @@ class Progress:
             matmul=self.config.matmul,
             on_batch=self.watcher.evaluating(len(self.dataset)) if self.watcher else None,
             should_stop=self.should_stop,
+            ranks=self.ranks,
         )
         value = self.last.metrics()[self.metric]
         better = -value if self.metric == "loss" else value

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bertner import __version__
 from bertner.config import TrainConfig
+from bertner.distributed import ALONE, Ranks
 from bertner.errors import visible
 from bertner.parts import Parts, products_for
 
@@ -28,7 +29,7 @@ _FREE = (
     "model_name_or_path model_revision dataset_name dataset_config_name train_file validation_file "
     "test_file data_cache device logging_steps save_strategy save_steps save_total_limit "
     "output_dir overwrite_output_dir resume_from_checkpoint allow_inexact_resume disable_tqdm "
-    "report report_to seeds"
+    "report report_to seeds ddp_timeout"
 ).split()
 # Settings that only watch, unless they say which model or seed is the best, or when to stop.
 _WATCHING = (
@@ -38,16 +39,19 @@ _WATCHING = (
 _VERSIONS = ["bertner", "torch", "numpy", "tokenizers"]
 
 
-def run_record(config: TrainConfig, recipe: str, parts: Parts) -> dict[str, Any]:
+def run_record(
+    config: TrainConfig, recipe: str, parts: Parts, machine: Mapping[str, Any]
+) -> dict[str, Any]:
     """The contents of run.json: everything that it takes to do this run again.
 
     Args:
         config: All settings.
         recipe: The one that they start from.
         parts: As built: the model has its first weights.
+        machine: See `machine_facts`.
     """
     source, device = parts.source, parts.model.device
-    machine = machine_facts(device)
+    processes = f"{machine['world_size']} processes with " if machine["world_size"] > 1 else ""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "recipe": recipe,
@@ -81,8 +85,9 @@ def run_record(config: TrainConfig, recipe: str, parts: Parts) -> dict[str, Any]
             "torch": torch.__version__,  # says which build, as the package's metadata may not
             **{package: version(package) for package in PACKAGES},
         },
-        "machine": machine,
-        "device": f"{machine['device']}, {machine['processor']}, {machine['threads']} threads",
+        "machine": dict(machine),
+        "device": f"{machine['device']}, {machine['processor']}, "
+        f"{processes}{machine['threads']} threads",
         # Another choice, another sum of roundings: it is part of what the bits depend on.
         "products": dataclasses.asdict(products_for(config, device)),
         # Each time that the run was carried on: after which step, and what was not the same.
@@ -90,16 +95,20 @@ def run_record(config: TrainConfig, recipe: str, parts: Parts) -> dict[str, Any]
     }
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What the bits depend on besides the software."""
+def machine_facts(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """What the bits depend on besides the software; of unlike machines, what each of them is."""
     is_cuda = device.type == "cuda"
-    return {
+    facts = {
         "device": device.type,
         "processor": torch.cuda.get_device_name(device) if is_cuda else processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "world_size": 1,
     }
+    of_ranks = ranks.gather(facts)
+    for name in facts:
+        values = list(dict.fromkeys(each[name] for each in of_ranks))
+        facts[name] = values[0] if len(values) == 1 else " + ".join(map(str, values))
+    return {**facts, "world_size": ranks.world_size}
 
 
 def processor_name() -> str:

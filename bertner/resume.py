@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 from bertner.checkpoint import Checkpoint, load_checkpoint, load_newest
 from bertner.config import TrainConfig
-from bertner.errors import (
-    CheckpointError,
-    OutputDirectoryError,
-    ResumeMismatchError,
-)
+from bertner.distributed import Ranks
+from bertner.errors import CheckpointError, OutputDirectoryError, ResumeMismatchError
 from bertner.hub import is_commit
 from bertner.kernels import Products, keep_products
+from bertner.model import BertForNER
 from bertner.output_dir import find_run, is_of_seeds
 from bertner.progress import TrainState
-from bertner.record import differences, machine_facts, part_of
+from bertner.record import differences, part_of
 
 logger = logging.getLogger("bertner")
 
@@ -121,17 +119,23 @@ def record_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def keep_choices(
-    start: Start, config: TrainConfig, device: torch.device
+    start: Start, config: TrainConfig, device: torch.device, machine: Mapping[str, Any]
 ) -> AbstractContextManager[None]:
     """Lets a run that is carried on multiply as it began, where it still can, while it is open.
 
     Which library is the fastest is measured, and so may come out otherwise the next time.
+
+    Args:
+        start: As found.
+        config: Settings of now.
+        device: Of the run.
+        machine: See `record.machine_facts`.
     """
     record = start.record or {}
     products = part_of(record, "products")
     library, emulates = products.get("library"), products.get("emulates_bfloat16")
     if (
-        record.get("machine") != machine_facts(device)
+        record.get("machine") != machine
         or part_of(record, "config").get("matmul") != config.matmul
         or library not in ("default", "onednn")
         or not isinstance(emulates, bool)
@@ -226,6 +230,26 @@ def state_of(checkpoint: Checkpoint) -> TrainState:
         counters=counters,
         optimizer=checkpoint.optimizer,
     )
+
+
+def share_state(state: TrainState | None, model: BertForNER, ranks: Ranks) -> TrainState | None:
+    """Gives all ranks the weights and the state that the first one has read; None for no state."""
+    if ranks.world_size == 1:
+        return state
+    read = None
+    if state is not None:
+        kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in state.optimizer.items()}
+        read = (state.step, state.best_step, dict(state.counters), kinds)
+    shared = ranks.share(read)
+    if shared is None:
+        return None
+    ranks.broadcast(list(model.state_dict().values()))
+    step, best_step, counters, kinds = shared
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in kinds.items()}
+    if state is not None:
+        tensors = {name: state.optimizer[name] for name in kinds}
+    ranks.broadcast(list(tensors.values()))
+    return TrainState(step, best_step, counters, tensors)
 
 
 @contextmanager

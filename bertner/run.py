@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,17 +29,19 @@ from bertner.checkpoint import (
 )
 from bertner.config import TrainConfig
 from bertner.data_check import check_data
-from bertner.errors import BertnerError, CheckpointError, RunStoppedError
+from bertner.distributed import Ranks, join
+from bertner.errors import BertnerError, CheckpointError, DataError, RunStoppedError
 from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import write_json, write_text
 from bertner.findings import format_check
 from bertner.html_report import write_report
+from bertner.kernels import keep_products
 from bertner.loop import class_weights, train
 from bertner.outcome import assess_run, read_events, run_facts
 from bertner.output_dir import RECORD, REPORT, lock_output_dir, remove_run
-from bertner.parts import Parts, announce, build_parts, find_device, read_corpora
+from bertner.parts import Parts, announce, build_parts, find_device, products_for, read_corpora
 from bertner.progress import TrainResult, TrainState
-from bertner.record import run_record
+from bertner.record import differences, machine_facts, run_record
 from bertner.report import RunReport, escape_unknown, progress_bar, say
 from bertner.resume import (
     Start,
@@ -46,6 +50,7 @@ from bertner.resume import (
     load_weights,
     naming,
     settle_start,
+    share_state,
     state_of,
 )
 from bertner.stopping import StopSignals
@@ -68,19 +73,36 @@ def run_training(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> 
         BertnerError: See the exit codes in `errors`.
     """
     with ExitStack() as stack:
-        parts, start, record = open_run(config, recipe, stack)
+        ranks = stack.enter_context(join_ranks(config))
+        parts, start, record = open_run(config, recipe, stack, ranks)
         if start.finished:
             say(f"{config.output_dir} holds just this run, and it is finished: nothing to do.")
             return
-        announce(config, parts)
+        announce(config, parts, ranks)
         # From here on there is something to lose; before, a signal ends the process as usual.
         stop = stack.enter_context(StopSignals())
-        train_run(config, parts, start, record, arguments, stop)
+        train_run(config, parts, start, record, arguments, stop, ranks)
         say_what_next(Path(config.output_dir))
 
 
+@contextmanager
+def join_ranks(config: TrainConfig) -> Iterator[Ranks]:
+    """Takes this process' place among the ranks; all but the first say nothing while it is open."""
+    with join(config.device, config.ddp_backend, config.ddp_timeout) as ranks, ExitStack() as stack:
+        if not ranks.is_first:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield ranks
+
+
 def open_run(
-    config: TrainConfig, recipe: str, stack: ExitStack, parts: Parts | None = None
+    config: TrainConfig,
+    recipe: str,
+    stack: ExitStack,
+    ranks: Ranks,
+    parts: Parts | None = None,
 ) -> tuple[Parts, Start, dict[str, Any]]:
     """Takes the output directory, builds the parts, and finds what there is to carry on.
 
@@ -88,6 +110,7 @@ def open_run(
         config: All settings.
         recipe: The one that they start from.
         stack: Keeps the directory locked, and choices as the run began, until it is closed.
+        ranks: Of the run; only the first looks into the directory.
         parts: Of a run that differs only in its seed, if there was one: they are read only once.
 
     Returns:
@@ -95,16 +118,46 @@ def open_run(
     """
     if config.report_to == "tensorboard":
         check_tensorboard()
-    output_dir = Path(config.output_dir)
-    stack.enter_context(lock_output_dir(output_dir))
-    start = find_start(config, output_dir)  # before minutes of downloading
-    stack.enter_context(keep_choices(start, config, find_device(config.device)))
+    output_dir, device = Path(config.output_dir), find_device(config.device)
+
+    def find() -> Start:
+        stack.enter_context(lock_output_dir(output_dir))
+        return find_start(config, output_dir)  # before minutes of downloading
+
+    start = ranks.lead(find) or Start()
+    machine = machine_facts(device, ranks)
+    stack.enter_context(keep_choices(start, config, device, machine))
+    # All multiply as the first does, whose choice is recorded.
+    products = ranks.share(products_for(config, device))
+    matmul = config.matmul if config.packing else "default"
+    stack.enter_context(keep_products(matmul, device, config.dtype, products))
+    commit = ranks.share(start.commit_of(config))
     if parts is None:
-        parts = build_parts(config, start.commit_of(config))
+        parts = ranks.in_turn(partial(build_parts, config, commit))
     else:
         parts = parts.with_first_weights(config)
-    record = run_record(config, recipe, parts)
-    return parts, settle_start(start, config, record), record
+    record = run_record(config, recipe, parts, machine)
+    ranks.together(partial(_check_same, ranks.share(record), record))
+    settled = ranks.lead(partial(settle_start, start, config, record)) or start
+    return parts, Start(finished=True) if ranks.share(settled.finished) else settled, record
+
+
+def _check_same(first: Mapping[str, Any], record: dict[str, Any]) -> None:
+    """Lets no rank train on something else than the first one."""
+    settings = [{**each["config"], **dict.fromkeys(_OWN)} for each in (first, record)]
+    found = [name for name, value in settings[0].items() if settings[1].get(name) != value]
+    if found or (found := [*filter(None, [str(differences(first, record))])]):
+        raise DataError(
+            f"does not train what rank 0 does: {', '.join(found)}\n"
+            "Make flags, data, model and versions the same for all ranks."
+        )
+
+
+# Settings that each rank may have for itself: where things lie, and what the first alone does.
+_OWN = (
+    "model_name_or_path train_file validation_file test_file data_cache device output_dir "
+    "overwrite_output_dir resume_from_checkpoint disable_tqdm"
+).split()
 
 
 def train_run(
@@ -114,12 +167,21 @@ def train_run(
     record: dict[str, Any],
     arguments: Sequence[str],
     stop: StopSignals,
+    ranks: Ranks,
 ) -> None:
     """Trains what `open_run` has found to do, and writes the results."""
-    _begin(config, parts, start, record)
-    total_steps = parts.schedule(config).total_steps
-    with naming(start.checkpoint), _open_report(config, total_steps, start) as report:
-        _Run(config, parts, start, record, list(arguments), stop, report).train()
+    with ExitStack() as stack:
+        stack.enter_context(naming(start.checkpoint))
+
+        def begin() -> RunReport:
+            _begin(config, parts, start, record)
+            total_steps = parts.schedule(config, ranks.world_size).total_steps
+            return stack.enter_context(_open_report(config, total_steps, start))
+
+        report = ranks.lead(begin)
+        state = None if start.checkpoint is None else state_of(start.checkpoint)
+        state = share_state(state, parts.model, ranks)
+        _Run(config, parts, start, record, list(arguments), stop, ranks, report).train(state)
 
 
 def _begin(config: TrainConfig, parts: Parts, start: Start, record: dict[str, Any]) -> None:
@@ -182,6 +244,7 @@ class _Run:
     """A run that has begun: what it is made of, and what it leaves on the disk.
 
     Attributes:
+        watcher: The report; None on all ranks but the first.
         saved_step: Of the newest checkpoint that is of this run, as it is now: one of a later step
             or the same can be left of a run that went back.
     """
@@ -192,7 +255,8 @@ class _Run:
     record: dict[str, Any]
     arguments: Sequence[str]
     stop: StopSignals
-    report: RunReport
+    ranks: Ranks
+    watcher: RunReport | None
     saved_step: int | None = None
 
     def __post_init__(self) -> None:
@@ -204,10 +268,19 @@ class _Run:
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
-    def train(self) -> None:
-        """Trains, evaluates and writes the results; asked to stop, leaves a checkpoint."""
+    @property
+    def report(self) -> RunReport:
+        assert self.watcher is not None, "only the first rank writes"
+        return self.watcher
+
+    def train(self, state: TrainState | None) -> None:
+        """Trains, evaluates and writes the results; asked to stop, leaves a checkpoint.
+
+        Args:
+            state: Where the run stood; None for the first step.
+        """
         train_data = self.parts.datasets["train"]
-        if self.start.checkpoint is None:
+        if self.ranks.is_first and state is None:
             facts = {"total_steps": self.report.total_steps, "num_rows": len(train_data)}
             self.report.event("start", facts)
         result = train(
@@ -215,10 +288,11 @@ class _Run:
             train_data,
             self.config,
             evaluation=self.parts.datasets.get("validation"),
-            watcher=self.report,
+            watcher=self.watcher,
             save=self.save,
-            state=None if self.start.checkpoint is None else state_of(self.start.checkpoint),
+            state=state,
             should_stop=self.stop,
+            ranks=self.ranks,
         )
         if result.stopped:
             self.leave(result.state)
@@ -229,8 +303,7 @@ class _Run:
             evaluations = self.evaluate(result, kept_step)
         except Stopped:
             self.leave(result.state)
-        self.parts.save_model(self.output_dir)
-        self.write_results(result, kept_step, evaluations)
+        self.ranks.lead(partial(self.write_results, result, kept_step, evaluations))
 
     def save(self, state: TrainState) -> None:
         """Makes a checkpoint that is due, unless the run was carried on from just that one."""
@@ -255,6 +328,7 @@ class _Run:
                 model = pool.submit(self.parts.save_model, folder)
                 write_state(folder, values, state.optimizer, metrics)
                 model.result()
+            self.ranks.meet()  # or it does not become a checkpoint
 
         tensors = [*self.parts.model.state_dict().values(), *state.optimizer.values()]
         save_checkpoint(
@@ -270,11 +344,17 @@ class _Run:
 
     def leave(self, state: TrainState) -> NoReturn:
         """Ends a run that was asked to stop."""
-        folder = self.keep_last(state)
-        verify_checkpoint(folder)
+
+        def keep() -> Path:
+            folder = self.keep_last(state)
+            verify_checkpoint(folder)
+            return folder
+
+        folder = self.ranks.lead(keep)
+        names = filter(None, self.ranks.gather(self.stop.name))
         raise RunStoppedError(
-            f"stopped by {self.stop.name} after step {state.step}; {folder} is saved and verified\n"
-            f"Carry on with: {same_command(self.arguments)}"
+            f"stopped by {next(names)} after step {state.step}; {folder} is saved and verified\n"
+            f"{how_to_carry_on(self.arguments, self.ranks)}"
         )
 
     def keep_last(self, state: TrainState) -> Path:
@@ -294,10 +374,15 @@ class _Run:
         best_step = result.best_step
         if not self.config.load_best_model_at_end or best_step in (None, result.step):
             return result.step
-        self.keep_last(result.state)  # the last weights leave the memory
-        folder = self.output_dir / f"checkpoint-{best_step}"
-        verify_checkpoint(folder)
-        load_weights(TensorFile(folder / WEIGHTS), self.parts.model, folder)
+
+        def load() -> None:
+            self.keep_last(result.state)  # the last weights leave the memory
+            folder = self.output_dir / f"checkpoint-{best_step}"
+            verify_checkpoint(folder)
+            load_weights(TensorFile(folder / WEIGHTS), self.parts.model, folder)
+
+        self.ranks.lead(load)
+        self.ranks.broadcast(list(self.parts.model.state_dict().values()))
         return int(best_step)
 
     def evaluate(self, result: TrainResult, kept_step: int) -> dict[str, Evaluation]:
@@ -318,15 +403,17 @@ class _Run:
                     packing=self.config.packing,
                     batch_tokens=self.config.eval_batch_tokens,
                     matmul=self.config.matmul,
-                    on_batch=self.report.evaluating(len(dataset)),
+                    on_batch=self.watcher.evaluating(len(dataset)) if self.watcher else None,
                     should_stop=self.stop,
+                    ranks=self.ranks,
                 )
         return evaluations
 
     def write_results(
         self, result: TrainResult, kept_step: int, evaluations: dict[str, Evaluation]
     ) -> None:
-        """Writes scores and card, and last of all that the run is finished."""
+        """Writes model, scores and card, and last of all that the run is finished."""
+        self.parts.save_model(self.output_dir)
         results = _all_results(result, evaluations)
         self.report.event("end", results)
         write_json(self.output_dir / "all_results.json", results)
@@ -395,9 +482,12 @@ def say_what_next(output_dir: Path) -> None:
     say(f"Try it: echo 'Angela Merkel visited Paris .' | {predict}")
 
 
-def same_command(arguments: Sequence[str]) -> str:
+def how_to_carry_on(arguments: Sequence[str], ranks: Ranks) -> str:
     """What to type to carry the run of a command on."""
-    return shlex.join([_command("bertner-train"), *_without_resume(arguments)])
+    command = shlex.join([_command("bertner-train"), *_without_resume(arguments)])
+    if ranks.world_size == 1:
+        return f"Carry on with: {command}"
+    return f"Carry on under torchrun, with {ranks.world_size} processes again: {command}"
 
 
 def _without_resume(arguments: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from bertner.output_dir import (
 from bertner.parts import Parts, announce
 from bertner.report import say
 from bertner.resume import Start, load_weights
-from bertner.run import open_run, same_command, say_what_next, train_run
+from bertner.run import how_to_carry_on, join_ranks, open_run, say_what_next, train_run
 from bertner.stopping import StopSignals
 from bertner.tables import format_table
 from bertner.weights import TensorFile
@@ -62,18 +63,19 @@ def run_seeds(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> Non
     output_dir = Path(config.output_dir)
     seeds = range(config.seed, config.seed + config.seeds)
     with ExitStack() as stack:
-        parts, start, record = open_run(config, recipe, stack)
+        ranks = stack.enter_context(join_ranks(config))
+        parts, start, record = open_run(config, recipe, stack, ranks)
         if start.finished:
             say(f"{output_dir} holds just this run, and it is finished: nothing to do.")
             return
-        announce(config, parts)
+        announce(config, parts, ranks)
         stop = stack.enter_context(StopSignals())
-        _begin(output_dir, seeds, start, record)
+        ranks.lead(partial(_begin, output_dir, seeds, start, record))
         for number, seed in enumerate(seeds, 1):
-            if stop():
+            if names := list(filter(None, ranks.gather(stop.name))):
                 raise RunStoppedError(
-                    f"stopped by {stop.name} before seed {seed} ({number} of {len(seeds)})\n"
-                    f"Carry on with: {same_command(arguments)}"
+                    f"stopped by {names[0]} before seed {seed} ({number} of {len(seeds)})\n"
+                    f"{how_to_carry_on(arguments, ranks)}"
                 )
             folder = seed_folder(output_dir, seed)
             one = dataclasses.replace(
@@ -83,12 +85,12 @@ def run_seeds(config: TrainConfig, recipe: str, arguments: Sequence[str]) -> Non
             with ExitStack() as inner:
                 with _naming_the_way_out(folder, CheckpointError):
                     # The old name, so that the model of the seed before leaves the memory.
-                    parts, seed_start, seed_record = open_run(one, recipe, inner, parts)
+                    parts, seed_start, seed_record = open_run(one, recipe, inner, ranks, parts)
                 if seed_start.finished:
                     say("It is finished.")
                 else:
-                    train_run(one, parts, seed_start, seed_record, arguments, stop)
-        _write_results(config, parts, record, seeds)
+                    train_run(one, parts, seed_start, seed_record, arguments, stop, ranks)
+        ranks.lead(partial(_write_results, config, parts, record, seeds))
         say_what_next(output_dir)
 
 

@@ -20,7 +20,7 @@ from bertner.loop import train
 from bertner.output_dir import list_seeds
 from bertner.parts import Parts, build_parts, find_device
 from bertner.progress import StepReport, TrainState
-from bertner.record import differences, run_record
+from bertner.record import differences, machine_facts, run_record
 from bertner.report import progress_bar, say
 from bertner.resume import Start, keep_choices, load_weights, naming, record_of, state_of
 
@@ -87,9 +87,11 @@ def _replay(first: Checkpoint, second: Checkpoint) -> None:
             )
     num_steps = second.step - first.step
     start = Start(record)
-    with keep_choices(start, config, find_device(config.device)), naming(first):
+    device = find_device(config.device)
+    machine = machine_facts(device)
+    with keep_choices(start, config, device, machine), naming(first):
         parts = build_parts(config, start.commit_of(config))
-        if found := differences(record, run_record(config, "", parts)):
+        if found := differences(record, run_record(config, "", parts, machine)):
             raise ResumeMismatchError(
                 f"{first.folder}: the steps after it cannot be done again exactly: {found}\n"
                 "The checkpoints themselves are sound; verify on a machine like that of the run."

@@ -80,34 +80,46 @@ def send_once(
 
 
 # A process that has everything imported and forks for each run, which takes a second off each.
-# It reads arguments, after how many seconds to kill (or null) and code to run before, as a JSON
-# line, and answers with the exit status and the seconds that it took.
+# It reads arguments, after how many seconds to kill (or null), code to run before, the number of
+# ranks and the file for what they print, as a JSON line, and answers with the exit status of each
+# rank and the seconds that they took.
 _SERVER = """
-import json, os, signal, sys, time
+import json, os, signal, socket, sys, time
 import torch
 torch.set_num_threads(int(sys.argv[1]))
 import bertner.run, bertner.seeds, bertner.loop, bertner.kernels, bertner.checkpoint
 from bertner.cli import train_main
 import torch._dynamo
 for line in sys.stdin:
-    arguments, delay, code = json.loads(line)
+    arguments, delay, code, world_size, path = json.loads(line)
     start = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        log = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        status = 99
-        try:
-            exec(code)
-            status = train_main(arguments)
-        finally:
-            os._exit(status)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pids = []
+    for rank in range(world_size):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            if world_size > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=str(port))
+                os.environ.update(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
+            log = os.open(path, os.O_WRONLY | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            status = 99
+            try:
+                exec(code)
+                status = train_main(arguments)
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
     if delay is not None:
         time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    print(json.dumps([os.waitstatus_to_exitcode(status), time.monotonic() - start]), flush=True)
+        os.kill(pids[0], signal.SIGKILL)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    print(json.dumps([statuses, time.monotonic() - start]), flush=True)
 """
 
 
@@ -127,12 +139,32 @@ class Runner:
         self, arguments: list[str], kill_after: float | None = None, code: str = ""
     ) -> tuple[int, float]:
         """Exit status (-9 if it was killed) and seconds."""
+        (status,), seconds = self._run(arguments, kill_after, code, 1, Path(os.devnull))
+        return status, seconds
+
+    def run_ranks(
+        self, world_size: int, arguments: list[str], log: Path, code: str = ""
+    ) -> tuple[list[int], str]:
+        """Exit status of each rank, and all that they print.
+
+        Args:
+            world_size: How many.
+            arguments: Of `bertner-train`.
+            log: File for what they print.
+            code: To run before, in each rank; `rank` is its number.
+        """
+        log.write_text("", encoding="utf-8")
+        statuses, _ = self._run(arguments, None, code, world_size, log)
+        return statuses, log.read_text(encoding="utf-8")
+
+    def _run(self, *request: Any) -> tuple[list[int], float]:
+        *values, log = request
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps([arguments, kill_after, code]) + "\n")
+        self.process.stdin.write(json.dumps([*values, str(log)]) + "\n")
         self.process.stdin.flush()
-        status, seconds = json.loads(self.process.stdout.readline())
-        return status, seconds
+        statuses, seconds = json.loads(self.process.stdout.readline())
+        return statuses, seconds
 
     def __enter__(self) -> Runner:
         return self

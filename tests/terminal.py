@@ -8,6 +8,7 @@ would take long or need a network has a stand-in:
   there to be had; `pytest` that what it would run is there; `tensorboard` that there is something
   to be shown;
 - `timeout` sends its signal after a step of training, however long a step takes;
+- `torchrun` starts its processes here, too;
 - `patch` is one that takes no hunk that does not fit, and that is always there.
 """
 
@@ -301,6 +302,30 @@ def _timeout(arguments: list[str]) -> Any:
     return _call([a for a in arguments if not a.startswith("--preserve")][2:])
 
 
+def _torchrun(arguments: list[str]) -> int:
+    """Of `torchrun --nproc_per_node N [--no-python] COMMAND`."""
+    flag, number, *command = arguments
+    assert flag == "--nproc_per_node"
+    command = command[1:] if command[0] == "--no-python" else ["python", *command]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    os.environ.update(WORLD_SIZE=number, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    pids = []
+    for rank in range(int(number)):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            status: Any = 1
+            try:
+                status = _call(command)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status or 0)
+    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
+
+
 def _patch(arguments: list[str]) -> str | None:
     """Of `patch -s FILE DIFF`."""
     _, name, diff = arguments
@@ -326,6 +351,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "pytest": _pytest,
     "tensorboard": _tensorboard,
     "timeout": _timeout,
+    "torchrun": _torchrun,
     "patch": _patch,
 }
 

@@ -247,6 +247,8 @@ def _values_of(item: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         return st.sampled_from([None, 0])  # at most half of the longest row
     if item.name == "word_decision":
         return st.just("first")  # all needs label_all_tokens
+    if item.name == "dropout_by_row":
+        return st.just(False)  # for packed rows
     if item.metadata["choices"]:
         return st.sampled_from(item.metadata["choices"])
     kind = str(item.type)
@@ -271,6 +273,8 @@ def test_choices_that_belong_to_one_layout_of_rows() -> None:
         TrainConfig(attn_implementation="eager")
     with pytest.raises(UsageError, match="leave out --no-packing"):
         TrainConfig(packing=False, matmul="onednn")
+    with pytest.raises(UsageError, match="leave out --no-packing"):
+        TrainConfig(packing=False, dropout_by_row=True)
     assert TrainConfig(attn_implementation="eager", packing=False).attn_implementation == "eager"
     assert TrainConfig(matmul="onednn").matmul == "onednn"
 

@@ -194,7 +194,10 @@ def test_the_index_names_every_page() -> None:
 
 
 # Flags of other programs, and a mistake that is shown.
-_OTHERS = {"--logdir", "--preserve_status", "--signal", "--learning_rat"}
+_OTHERS = set(
+    "--logdir --preserve_status --signal --learning_rat --data --nproc_per_node --no_python "
+    "--nnodes --node_rank --master_addr --master_port --max_restarts --shutdown_timeout".split()
+)
 
 
 @by_page

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 ORDER = [
     ["__init__", "errors"],
     ["config", "labels"],
-    ["metrics", "files", "stopping", "decoding", "significance", "charts"],
+    ["metrics", "files", "stopping", "decoding", "significance", "charts", "distributed"],
     ["kernels", "weights", "corpus", "windows", "hub", "figures", "operating", "tables"],
     ["packing", "readers", "tokenizer", "checkpoint", "analysis", "tensorboard", "html_report"],
     ["calibration", "repeats", "findings"],
@@ -24,7 +24,7 @@ ORDER = [
     ["batches", "data_cache", "data_check"],
     ["model", "optimizer", "decisions"],
     ["evaluation", "predict"],
-    ["progress", "text_input"],
+    ["progress", "graphs", "text_input"],
     ["loop"],
     ["report", "parts", "tag_output"],
     ["card", "record", "outcome", "tagging"],

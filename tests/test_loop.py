@@ -22,6 +22,7 @@ from bertner import progress
 from bertner.batches import Schedule, collate, epoch_order
 from bertner.config import Reading, TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
+from bertner.distributed import ALONE
 from bertner.errors import CheckpointError, NotFiniteError, UsageError
 from bertner.loop import (
     TrainState,
@@ -393,7 +394,9 @@ def test_it_stops_early_where_the_trainer_does(
         score_with(monkeypatch, values)
         optimizer = build_optimizer(model, config)
         schedule = Schedule(rows.row_lengths, config)
-        run = progress.Progress(config, model, optimizer, schedule, dev, None, None, lambda: False)
+        run = progress.Progress(
+            config, model, optimizer, schedule, dev, None, None, lambda: False, ALONE
+        )
         while not run.finished:
             run.after_step(1.0, 1.0, 1e-5, 1)
         result = run.result()
