@@ -49,10 +49,10 @@ SHAPES: dict[str, dict[str, int]] = {
 # Largest relative errors. float32 itself gives a tenth of these or less; TF32, whose mantissa has
 # 10 bits, gives 1e-3, and a wrong gradient gives 1.
 LOSS_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}
-GRADIENT_ERROR = {"float32": 1e-4, "bfloat16": 0.1}
+GRADIENT_ERROR = {"float32": 1e-4, "bfloat16": 0.15}
 DUMMY_ERROR = 2e-5
 # Of any step's loss, with CUDA graphs against without; they differ in the sizes of batches alone.
-GRAPHS_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}
+GRAPHS_ERROR = {"float32": 1e-5, "bfloat16": 5e-2}
 # Of the mean loss of a run, where the dropout is other: there is chance in it.
 CHANCE = 0.05
 # Of a product of two float32 matrices, as norms.
@@ -118,17 +118,14 @@ class CountedCapture(graphs.Capture):
         return counted, result
 
 
-class NoCapture(graphs.Capture):
-    """In place of a graph: a replay takes the step kernel by kernel, from the same inputs."""
+def not_captured(device: torch.device) -> Callable[[], Any]:
+    """In place of `graphs.Capture`: a replay takes the step kernel by kernel, from its inputs."""
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Returns what calls the function again, and where its result is then."""
-        result = torch.zeros(2, device=torch.device("cuda", torch.cuda.current_device()))
+    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        result = torch.zeros(2, device=device)
+        return lambda: result.copy_(function()), result
 
-        def replay() -> None:
-            result.copy_(function())
-
-        return replay, result
+    return lambda: capture
 
 
 @contextmanager
@@ -172,19 +169,43 @@ def take_rows(dataset: TokenDataset, rows: Any) -> TokenDataset:
 
 
 def repeated_batches(
-    dataset: TokenDataset, batch_size: int, num_batches: int, times: int
+    dataset: TokenDataset, batch_size: int, num_batches: int, times: int, unlike: bool = False
 ) -> TokenDataset:
     """The first batches of the dataset's first epoch, time after time, as one epoch.
 
     The same batches come again, in the same order, so that after the second time there is a graph
     for the size of each.
+
+    Args:
+        dataset: The whole.
+        batch_size: Rows in a batch.
+        num_batches: Different ones.
+        times: How often each comes.
+        unlike: Divide the same rows over the batches by their length: batches of many sizes.
     """
     rows = epoch_order(len(dataset), SEED, 0)[: batch_size * num_batches]
+    if unlike:
+        rows = rows[np.argsort(dataset.row_lengths[rows], kind="stable")]
     return take_rows(dataset, np.tile(rows, times))
 
 
-def make_model(shape: str, parts: Parts, dropout: float, attention: str = "sdpa") -> BertForNER:
-    """A model with random weights, always the same ones."""
+def make_model(
+    shape: str,
+    parts: Parts,
+    dropout: float,
+    attention: str = "sdpa",
+    initializer_range: float | None = None,
+) -> BertForNER:
+    """A model with random weights, always the same ones.
+
+    Args:
+        shape: One of SHAPES.
+        parts: Whose labels it gives.
+        dropout: All of it.
+        attention: Of padded rows.
+        initializer_range: Of the weights; None for so much that scores of attention differ, as
+            those of BERT's own range hardly do: what is wrong with them then shows.
+    """
     torch.manual_seed(SEED)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -193,6 +214,8 @@ def make_model(shape: str, parts: Parts, dropout: float, attention: str = "sdpa"
         attention_probs_dropout_prob=dropout,
         **SHAPES[shape],
     )
+    wide = 1.5 * config.hidden_size**-0.5
+    config = replace(config, initializer_range=initializer_range or wide)
     return BertForNER(config, attention)
 
 
@@ -321,7 +344,7 @@ def check_dummies(device: torch.device, shape: str, parts: Parts) -> Check:
 def check_graphs(device: torch.device, shape: str, parts: Parts, dtype: str) -> Check:
     """Losses of training with CUDA graphs against those without, dropout off."""
     model = make_model(shape, parts, 0.0)
-    dataset = repeated_batches(parts.train, 8, 8, 4)
+    dataset = repeated_batches(parts.train, 8, 8, 4, unlike=True)
     with counting_graphs() as counted:
         ours, _ = run(model, dataset, device, 32, dtype=dtype)
         captured, replayed = counted.captured, counted.replayed
@@ -357,9 +380,9 @@ def check_bits(device: torch.device, shape: str, parts: Parts, dtype: str) -> Ch
 def check_replayed_bits(device: torch.device, shape: str, parts: Parts, dtype: str) -> Check:
     """With dropout, replays give the bits of the same steps taken kernel by kernel."""
     model = make_model(shape, parts, 0.1)
-    dataset = repeated_batches(parts.train, 8, 6, 4)
+    dataset = repeated_batches(parts.train, 8, 6, 4, unlike=True)
     replayed = run(model, dataset, device, 24, dtype=dtype)
-    with patch.object(graphs, "Capture", NoCapture):
+    with patch.object(graphs, "Capture", not_captured(device)):
         launched = run(model, dataset, device, 24, dtype=dtype)
     eager, _ = run(model, dataset, device, 24, dtype=dtype, cuda_graphs=False)
     same = replayed[0] == launched[0] and all(
@@ -402,8 +425,9 @@ def check_not_finite(device: torch.device, shape: str, parts: Parts) -> Check:
     rows = epoch_order(len(parts.train), SEED, 0)[:8]
     dataset = take_rows(parts.train, np.tile(rows, 10))
     ids = dataset.input_ids.copy()
-    used = {*np.unique(ids).tolist(), dataset.cls_id, dataset.sep_id, dataset.pad_id}
-    unused = min(set(range(1000)) - used)
+    special = {dataset.cls_id, dataset.sep_id, dataset.pad_id}
+    used = set(np.unique(np.concatenate([ids, parts.validation.input_ids])).tolist())
+    unused = min(set(range(1000)) - used - special)
     ids[dataset.rows.starts[epoch_order(80, SEED, 0)[7 * 8]]] = unused
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[unused] = float("nan")
@@ -416,7 +440,7 @@ def check_not_finite(device: torch.device, shape: str, parts: Parts) -> Check:
             model,
             replace(dataset, input_ids=ids),
             config,
-            evaluation=take_rows(parts.train, rows),
+            evaluation=parts.validation,
             watcher=losses,
         )
     except NotFiniteError as error:
@@ -455,11 +479,8 @@ def token_logits(model: BertForNER, dataset: TokenDataset, device: torch.device)
 def check_evaluation(device: torch.device, shape: str, parts: Parts) -> list[Check]:
     """Scores on the device against those on the CPU."""
     model = make_model(shape, parts, 0.1).eval()
-    with torch.no_grad():
-        model.classifier.weight.mul_(25)  # so that predictions differ from word to word
-    # Few, since the CPU scores them too; of the other words both say the same.
-    dataset = take_rows(parts.validation, np.arange(min(200, len(parts.validation))))
-    num_words = len(np.unique(dataset.word_ids))
+    dataset = parts.validation
+    num_words = len(dataset.word_labels)
     here = copy.deepcopy(model).to(device)
     exact, found = evaluate(model, dataset), evaluate(here, dataset)
     theirs, ours = (token_logits(m, dataset, d) for m, d in ((model, CPU), (here, device)))

@@ -116,13 +116,19 @@ def attention_jagged(
     Returns:
         (P, D).
     """
-    query, key, value = qkv.view(len(qkv), 3, num_heads, -1).unbind(1)  # (P, N, H)
-    if _has_varlen(qkv) and dropout == 0.0 and not torch.is_grad_enabled():
+    parts = qkv.view(len(qkv), 3, num_heads, -1)
+    head_size = parts.shape[-1]
+    scale = None  # as ever
+    if head_size % 8:
+        # The kernels take heads of a multiple of eight; zeros change neither scores nor values.
+        parts, scale = F.pad(parts, (0, -head_size % 8)), head_size**-0.5
+    query, key, value = parts.unbind(1)  # (P, N, H)
+    if not torch.is_grad_enabled() and dropout == 0.0 and _has_varlen(qkv):
         from torch.nn.attention.varlen import varlen_attn  # takes a second, so where it is needed
 
         borders = cu_seqlens.to(torch.int32)
-        flat = varlen_attn(query, key, value, borders, borders, max_length, max_length)
-        return cast(Tensor, flat).flatten(1)
+        flat = varlen_attn(query, key, value, borders, borders, max_length, max_length, scale=scale)
+        return cast(Tensor, flat)[..., :head_size].flatten(1)
 
     def jagged(part: Tensor) -> Tensor:
         if part.device.type == "cpu":  # where it is computed row by row
@@ -132,14 +138,18 @@ def attention_jagged(
         return rows.transpose(1, 2)  # (B, N, length, H)
 
     context = F.scaled_dot_product_attention(
-        jagged(query), jagged(key), jagged(value), dropout_p=dropout
+        jagged(query), jagged(key), jagged(value), dropout_p=dropout, scale=scale
     )
-    return context.transpose(1, 2).values().flatten(1)
+    return context.transpose(1, 2).values()[..., :head_size].flatten(1)
 
 
 def _has_varlen(qkv: Tensor) -> bool:
     """Whether there is a flash kernel for packed rows, which knows no dropout."""
-    return qkv.device.type == "cuda" and qkv.dtype in (torch.bfloat16, torch.float16)
+    return (
+        qkv.device.type == "cuda"
+        and qkv.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
+    )
 
 
 # Without dropout or gradients PyTorch's flash kernel, which keeps no scores, is the faster one for

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -110,6 +111,7 @@ class StepGraphs:
         self._weight = torch.zeros((), device=device)
         self._rate = torch.zeros((), device=device)
         self._graphs: dict[Bucket, _Graph] = {}
+        self._is_off = False
         self._seen: Counter[Bucket] = Counter()
 
     def step(self, rows: IntArray, seed: int, weight: float, rate: float) -> Tensor:
@@ -122,11 +124,19 @@ class StepGraphs:
             batch = pack(self._dataset, rows, self._device, bucket)
             batch = replace(batch, max_seqlen=self._max_seqlen)
             self._seen[bucket] += 1
-            if self._seen.total() <= _WARM_UP or self._seen[bucket] == 1:
+            if self._is_off or self._seen.total() <= _WARM_UP or self._seen[bucket] == 1:
                 return self._take(batch)
-            replay, result = self._capture(lambda: self._take(batch))
+            try:
+                replay, result = self._capture(lambda: self._take(batch))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(error).strip().split("\n", 1)[0]
+                logger.warning("CUDA graphs: off: a step cannot be captured here: %s", reason)
+                self._is_off = True
+                kernels.seed_dropout(seed, self._device)
+                return self._take(batch)
             self._graphs[bucket] = _Graph(replay, batch, result)
-            logger.debug("captured a step of %d tokens", bucket.num_tokens)
             # Seeding is not captured, but capturing may have drawn from the generator.
             kernels.seed_dropout(seed, self._device)
         else:
@@ -172,8 +182,17 @@ def side_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _stream_of(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        # Also after an error: what was in use there is about to be freed.
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@lru_cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs of a process: each has a workspace and a cache of memory of its own."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -27,6 +27,10 @@ from torch import Tensor, nn
 
 from bertner.errors import UsageError
 
+# Read at the process' first product on a CUDA device; without it products may differ from call to
+# call, and PyTorch would refuse to compute what `on_device` asks for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Devices that work through a queue: whoever asks for a value there waits until the queue is empty.
 QUEUED = ("cuda",)
 
@@ -615,8 +619,6 @@ def on_device(device: torch.device, *, tf32: bool, deterministic: bool) -> Itera
     if device.type != "cuda":
         yield
         return
-    # Read when cuBLAS is first used; without it its products may differ from call to call.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     products: Any = torch.backends.cuda.matmul
     memory: Any = torch.utils.deterministic
     before = (

@@ -210,6 +210,7 @@ def train(
             in_flight.launched(result, (step, rate, all_rows))
             land(progress.is_due_after(step + 1))
         land(True)
+    optimizer.zero_grad()  # a graph's memory would stay with it
     model.eval()
     return progress.result()
 

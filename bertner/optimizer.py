@@ -151,6 +151,8 @@ class AdamW(torch.optim.AdamW):
         super().__init__(*args, **kwargs)
         self.halted = torch.zeros((), device=self.param_groups[0]["params"][0].device)
         self.found_inf: Tensor | None = None
+        # Steps that are taken kernel by kernel are meant to be.
+        self._warned_capturable_if_run_uncaptured = True
 
     def halt_unless_finite(self, *values: Tensor) -> None:
         """Takes no step from now on if one of the values, which are scalars, is not finite."""
@@ -256,6 +258,14 @@ def load_named_state(optimizer: AdamW, model: nn.Module, tensors: Mapping[str, T
         for key, value in optimizer.state[parameter].items():
             value.copy_(tensors[f"{name}.{key}"])
     for name, parameter in tables:
+        if parameter.device.type != "cpu" or is_queued(parameter.device):
+            # Of a run on a CPU, which goes on elsewhere: where no gradient is sparse.
+            _start([parameter], optimizer.state)
+            state, rows = optimizer.state[parameter], rows_of[name].to(parameter.device)
+            for key in AVERAGES:
+                state[key][rows] = tensors[f"{name}.{key}"].to(parameter.device)
+            state["step"].copy_(tensors[f"{name}.step"])
+            continue
         table = _Rows(parameter)
         table.add(rows_of[name].clone())
         for average, key in zip(table.averages, AVERAGES, strict=True):

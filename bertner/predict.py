@@ -256,7 +256,7 @@ class Tagger:
         with kernels.hot_path(self.matmul, device, self.dtype):
             for batch in packed_by_length(dataset, self.batch_tokens, device):
                 with autocast(device, self.dtype):
-                    logits = self.model(batch.input_ids, cu_seqlens=batch.cu_seqlens).logits
+                    logits = self.model(batch.input_ids, **batch.layout).logits
                 decider.add(batch, logits)
         return decider.decide()
 

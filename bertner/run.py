@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bertner import kernels
 from bertner.card import RunFacts, early_stop, model_card
 from bertner.checkpoint import (
     WEIGHTS,
@@ -35,7 +36,6 @@ from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import write_json, write_text
 from bertner.findings import format_check
 from bertner.html_report import write_report
-from bertner.kernels import keep_products
 from bertner.loop import class_weights, train
 from bertner.outcome import assess_run, read_events, run_facts
 from bertner.output_dir import RECORD, REPORT, lock_output_dir, remove_run
@@ -124,13 +124,15 @@ def open_run(
         stack.enter_context(lock_output_dir(output_dir))
         return find_start(config, output_dir)  # before minutes of downloading
 
+    on_device = kernels.on_device(device, tf32=config.tf32, deterministic=config.deterministic)
+    stack.enter_context(on_device)
     start = ranks.lead(find) or Start()
     machine = machine_facts(device, ranks)
     stack.enter_context(keep_choices(start, config, device, machine))
     # All multiply as the first does, whose choice is recorded.
     products = ranks.share(products_for(config, device))
     matmul = config.matmul if config.packing else "default"
-    stack.enter_context(keep_products(matmul, device, config.dtype, products))
+    stack.enter_context(kernels.keep_products(matmul, device, config.dtype, products))
     commit = ranks.share(start.commit_of(config))
     if parts is None:
         parts = ranks.in_turn(partial(build_parts, config, commit))

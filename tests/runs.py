@@ -80,9 +80,10 @@ def send_once(
 
 
 # A process that has everything imported and forks for each run, which takes a second off each.
-# It reads arguments, after how many seconds to kill (or null), code to run before, the number of
-# ranks and the file for what they print, as a JSON line, and answers with the exit status of each
-# rank and the seconds that they took.
+# It reads arguments, whom to kill after how many seconds (or null), code to run before, the number
+# of ranks and the file for what they print, as a JSON line, and answers with the exit status of
+# each rank and the seconds that they took. As torchrun does, it tells the others of one that was
+# killed.
 _SERVER = """
 import json, os, signal, socket, sys, time
 import torch
@@ -91,7 +92,7 @@ import bertner.run, bertner.seeds, bertner.loop, bertner.kernels, bertner.checkp
 from bertner.cli import train_main
 import torch._dynamo
 for line in sys.stdin:
-    arguments, delay, code, world_size, path = json.loads(line)
+    arguments, kill, code, world_size, path = json.loads(line)
     start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -115,9 +116,12 @@ for line in sys.stdin:
             finally:
                 sys.stdout.flush()
                 os._exit(status)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pids[0], signal.SIGKILL)
+    if kill is not None:
+        time.sleep(kill[1])
+        os.kill(pids[kill[0]], signal.SIGKILL)
+        victim = os.waitid(os.P_PID, pids[kill[0]], os.WEXITED | os.WNOWAIT)
+        for pid in pids if victim.si_status else []:
+            os.kill(pid, signal.SIGTERM)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     print(json.dumps([statuses, time.monotonic() - start]), flush=True)
 """
@@ -139,11 +143,17 @@ class Runner:
         self, arguments: list[str], kill_after: float | None = None, code: str = ""
     ) -> tuple[int, float]:
         """Exit status (-9 if it was killed) and seconds."""
-        (status,), seconds = self._run(arguments, kill_after, code, 1, Path(os.devnull))
+        kill = None if kill_after is None else (0, kill_after)
+        (status,), seconds = self._run(arguments, kill, code, 1, Path(os.devnull))
         return status, seconds
 
     def run_ranks(
-        self, world_size: int, arguments: list[str], log: Path, code: str = ""
+        self,
+        world_size: int,
+        arguments: list[str],
+        log: Path,
+        code: str = "",
+        kill: tuple[int, float] | None = None,
     ) -> tuple[list[int], str]:
         """Exit status of each rank, and all that they print.
 
@@ -152,9 +162,10 @@ class Runner:
             arguments: Of `bertner-train`.
             log: File for what they print.
             code: To run before, in each rank; `rank` is its number.
+            kill: A rank, and after how many seconds it is killed.
         """
         log.write_text("", encoding="utf-8")
-        statuses, _ = self._run(arguments, None, code, world_size, log)
+        statuses, _ = self._run(arguments, kill, code, world_size, log)
         return statuses, log.read_text(encoding="utf-8")
 
     def _run(self, *request: Any) -> tuple[list[int], float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -368,6 +369,31 @@ def test_a_killed_rank_ends_all_and_no_checkpoint_comes_of_it(
     statuses, log = runner.run_ranks(world_size, arguments, tmp_path / "log", ONE_THREAD)
     assert statuses == [0] * world_size, log
     assert outcome(Path(arguments[-1])) == unbroken[world_size]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_killed_at_random_moments(
+    runner: Runner, arguments: list[str], inputs: Path, tmp_path: Path, world_size: int
+) -> None:
+    whole = [*arguments[:-1], str(inputs / f"whole-{world_size}")]
+    start = time.monotonic()
+    assert set(runner.run_ranks(world_size, whole, tmp_path / "log", ONE_THREAD)[0]) == {0}
+    seconds = time.monotonic() - start
+    rng = random.Random(world_size)
+    for attempt in range(8):
+        command = [*arguments[:-1], str(tmp_path / f"killed-{attempt}")]
+        for _ in range(3):
+            victim = rng.randrange(world_size), rng.uniform(0.0, seconds)
+            statuses, log = runner.run_ranks(
+                world_size, command, tmp_path / "log", ONE_THREAD, victim
+            )
+            # All have ended; those that had not begun to train, at the signal itself.
+            assert set(statuses) <= {-signal.SIGKILL, -signal.SIGTERM, 74, 0}, log
+            assert "Traceback" not in log
+        statuses, log = runner.run_ranks(world_size, command, tmp_path / "log", ONE_THREAD)
+        assert set(statuses) == {0}, log
+        assert outcome(Path(command[-1])) == outcome(Path(whole[-1]))
 
 
 def shift(arguments: list[str], **settings: object) -> list[str]:

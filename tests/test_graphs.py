@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,7 +44,14 @@ from bertner.packing import JaggedPacking, Packing
 from bertner.readers import read_file
 from bertner.record import hash_tensors
 from bertner.tokenizer import Tokenizer
-from tests.conftest import write_conll, write_model_folder
+from tests.conftest import (
+    REPOSITORY,
+    SHARED_DATA,
+    needs_cased_vocab,
+    needs_conll,
+    write_conll,
+    write_model_folder,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -217,12 +227,12 @@ def test_dummies_change_neither_loss_nor_gradients(
                 assert difference < tolerance * (grad.norm() + floor), name
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-def test_jagged_attention(heads: int) -> None:
+@pytest.mark.parametrize(("heads", "size"), [(1, 8), (3, 16), (2, 13), (3, 4)])
+def test_jagged_attention(heads: int, size: int) -> None:
     lengths = [1, 2, 5, 5, 40]
     generator = torch.Generator().manual_seed(5)
-    qkv = torch.randn(53, 3 * heads * 8, generator=generator)
-    weights = torch.randn(53, heads * 8, generator=generator)
+    qkv = torch.randn(53, 3 * heads * size, generator=generator)
+    weights = torch.randn(53, heads * size, generator=generator)
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
     found = []
     for jagged in (False, True):
@@ -314,6 +324,29 @@ def test_a_step_is_captured_once_for_each_bucket(
     assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())
 
 
+def test_a_step_that_cannot_be_captured_is_taken_all_the_same(
+    dropping: tuple[BertForNER, TokenDataset],
+    queued: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    captured, weights = run(dropping)
+
+    class Unable(Capture):
+        def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+            torch.rand(3)  # as a capture may
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of that")
+
+    monkeypatch.setattr(graphs, "Capture", Unable)
+    eager, same = run(dropping)
+    assert eager.reports == captured.reports
+    assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())
+    assert [record.getMessage() for record in caplog.records if record.name == "bertner"] == [
+        "CUDA graphs: off: a step cannot be captured here: operation not permitted when stream is "
+        "capturing"
+    ]
+
+
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_running_ahead_changes_nothing_that_is_seen(
     dropping: tuple[BertForNER, TokenDataset],
@@ -360,6 +393,30 @@ def test_a_run_on_a_queued_device_is_carried_on_to_the_same_bits(
         train(model, dropping[1], config, state=stopped.state)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, weights[name])
+
+
+def test_a_run_of_a_cpu_goes_on_on_a_card(
+    parts: tuple[BertForNER, TokenDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(max_steps=10, learning_rate=1e-2)
+    watched, model = Watched(), copy.deepcopy(parts[0])
+    stopped = train(
+        model, parts[1], config, watcher=watched, should_stop=lambda: len(watched.reports) == 5
+    )
+    name = "bert.embeddings.word_embeddings.weight"
+    rows = stopped.state.optimizer[f"{name}.rows"]
+    assert 0 < len(rows) < len(model.bert.embeddings.word_embeddings.weight)
+    twin, state = copy.deepcopy(model), copy.deepcopy(stopped.state)
+    expected = train(twin, parts[1], config, state=state)
+    monkeypatch.setattr(kernels, "QUEUED", ("cpu",))
+    monkeypatch.setattr(graphs, "Capture", Capture)
+    found = train(model, parts[1], config, state=stopped.state)
+    assert f"{name}.rows" not in found.state.optimizer
+    whole = found.state.optimizer[f"{name}.exp_avg"]
+    rows, average = (expected.state.optimizer[f"{name}.{key}"] for key in ("rows", "exp_avg"))
+    torch.testing.assert_close(whole[rows], average, rtol=1e-3, atol=1e-4)
+    for key, tensor in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], tensor, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -598,3 +655,24 @@ def test_a_step_is_skipped_by_the_kernel_itself(queued: None) -> None:
         assert same != moves
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+@pytest.mark.slow
+@needs_conll
+@needs_cased_vocab
+def test_the_benchmark_walks_through_without_a_card(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.bench_cuda", "--data", str(SHARED_DATA)]
+    environment = {**os.environ, "BERTNER_CACHE": str(tmp_path)}
+    result = subprocess.run(
+        [*command, "--dry-run", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    for line in ("small, a step in float32 against float64", "batch 128, bfloat16", "not judged"):
+        assert line in result.stdout
+    if not torch.cuda.is_available():
+        refused = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+        assert refused.returncode == 2
