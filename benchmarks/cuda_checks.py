@@ -106,24 +106,26 @@ class CountedCapture(graphs.Capture):
     captured = 0
     replayed = 0
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(
+        self, function: Callable[[], list[Tensor]]
+    ) -> tuple[Callable[[], None], list[Tensor]]:
         """Captures a function; see `graphs.Capture`."""
-        replay, result = super().__call__(function)
+        replay, results = super().__call__(function)
         CountedCapture.captured += 1
 
         def counted() -> None:
             CountedCapture.replayed += 1
             replay()
 
-        return counted, result
+        return counted, results
 
 
 def not_captured(device: torch.device) -> Callable[[], Any]:
     """In place of `graphs.Capture`: a replay takes the step kernel by kernel, from its inputs."""
 
-    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def capture(function: Callable[[], list[Tensor]]) -> tuple[Callable[[], Any], list[Tensor]]:
         result = torch.zeros(2, device=device)
-        return lambda: result.copy_(function()), result
+        return lambda: result.copy_(function()[0]), [result]
 
     return lambda: capture
 

@@ -452,7 +452,7 @@ class TrainConfig:
         True, "on CUDA, use only kernels that give the same bits each time"
     )
     cuda_graphs: bool = _option(
-        True, "on CUDA, capture each size of step once and replay it; packed rows, one process"
+        True, "on CUDA, capture each size of step once and replay it; for packed rows"
     )
     dropout_by_row: bool = _option(
         False,

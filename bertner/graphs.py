@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,25 +37,7 @@ _WARM_UP = 3
 Batches = Iterator[tuple[PackedBatch | PaddedBatch, int | None]]
 
 
-class TakeStep(Protocol):
-    """An optimizer step; what it returns, loss and gradient norm, (2,), nobody has waited for."""
-
-    def __call__(
-        self,
-        batches: Batches,
-        weight: Tensor | float,
-        rate: Tensor | float,
-    ) -> Tensor:
-        """Takes the step.
-
-        Args:
-            batches: The step's micro-batches.
-            weight: What the sum of the losses is divided by.
-            rate: Learning rate.
-        """
-
-
-def why_no_graphs(config: TrainConfig, model: BertForNER, ranks: Ranks) -> str | None:
+def why_no_graphs(config: TrainConfig, model: BertForNER) -> str | None:
     """What keeps steps from being captured; None if nothing does."""
     if not kernels.is_queued(model.device):
         return f"there are none for {model.device.type}"
@@ -65,8 +47,6 @@ def why_no_graphs(config: TrainConfig, model: BertForNER, ranks: Ranks) -> str |
         return "rows are padded"
     if config.gradient_accumulation_steps > 1:
         return "steps have several micro-batches"
-    if ranks.world_size > 1:
-        return "several ranks sum gradients"
     if model.config.max_position_embeddings < LONGEST_DUMMY:
         return f"the model has fewer than {LONGEST_DUMMY} positions"
     return None
@@ -74,38 +54,47 @@ def why_no_graphs(config: TrainConfig, model: BertForNER, ranks: Ranks) -> str |
 
 @dataclass
 class _Graph:
-    """A captured step, where it reads its batch and where it leaves its result."""
+    """What was captured, where it reads its batch and where it leaves its results."""
 
     replay: Callable[[], None]
     batch: PackedBatch
-    result: Tensor
+    results: list[Tensor]
 
 
 class StepGraphs:
     """Takes steps by replaying them.
 
     The first steps, and the first one of every bucket, are taken kernel by kernel, from the same
-    inputs: their bits are those of a replay.
+    inputs: their bits are those of a replay. Nothing that is captured waits for the device, or has
+    shapes that depend on the values of its inputs.
 
     Args:
-        take_step: Captured; does nothing that waits for the device, and has no shapes that depend
-            on the values of its inputs.
+        compute: From micro-batches and what the sum of their losses is divided by to that loss; it
+            leaves gradients.
+        update: From that and the rate, through what the ranks exchange, to the step's loss and
+            gradient norm, (2,).
+        parameters: Those that may have gradients.
         dataset: Training rows.
         device: A CUDA device.
-        capture: Captures a function: what it returns replays it, and its result.
+        ranks: Of the run. Of several, what they exchange is not captured, nor what comes after.
     """
 
     def __init__(
         self,
-        take_step: TakeStep,
+        compute: Callable[[Batches, Tensor], Tensor],
+        update: Callable[[Tensor, Tensor], Tensor],
+        parameters: Sequence[Tensor],
         dataset: TokenDataset,
         device: torch.device,
-        capture: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]] | None = None,
+        ranks: Ranks,
     ) -> None:
-        self._take_step = take_step
+        self._compute = compute
+        self._update = update
+        self._parameters = parameters
         self._dataset = dataset
         self._device = device
-        self._capture = capture or Capture()
+        self._is_alone = ranks.world_size == 1
+        self._capture = Capture()
         # One for all: what is known when a graph is captured holds for every replay.
         self._max_seqlen = max(int(dataset.row_lengths.max()), LONGEST_DUMMY)
         self._weight = torch.zeros((), device=device)
@@ -115,28 +104,31 @@ class StepGraphs:
         self._seen: Counter[Bucket] = Counter()
 
     def step(self, rows: IntArray, seed: int, weight: float, rate: float) -> Tensor:
-        """Takes a step with these rows as its only micro-batch; see `TakeStep`."""
-        bucket = bucket_of(len(rows), int(self._dataset.row_lengths[rows].sum()))
+        """Takes a step.
+
+        Args:
+            rows: Its only micro-batch; none, if other ranks have them all.
+            seed: Of its dropout.
+            weight: What the sum of the losses is divided by.
+            rate: Learning rate.
+
+        Returns:
+            Loss and gradient norm, (2,), which nobody has waited for.
+        """
         self._weight.fill_(weight)
         self._rate.fill_(rate)
         kernels.seed_dropout(seed, self._device)
+        if len(rows) == 0:
+            return self._update(self._compute(iter(()), self._weight), self._rate)
+        bucket = bucket_of(len(rows), int(self._dataset.row_lengths[rows].sum()))
         if bucket not in self._graphs:
             batch = pack(self._dataset, rows, self._device, bucket)
             batch = replace(batch, max_seqlen=self._max_seqlen)
             self._seen[bucket] += 1
-            if self._is_off or self._seen.total() <= _WARM_UP or self._seen[bucket] == 1:
-                return self._take(batch)
-            try:
-                replay, result = self._capture(lambda: self._take(batch))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                reason = str(error).strip().split("\n", 1)[0]
-                logger.warning("CUDA graphs: off: a step cannot be captured here: %s", reason)
-                self._is_off = True
+            is_new = self._seen.total() <= _WARM_UP or self._seen[bucket] == 1
+            if self._is_off or is_new or not self._try_to_capture(bucket, batch):
                 kernels.seed_dropout(seed, self._device)
                 return self._take(batch)
-            self._graphs[bucket] = _Graph(replay, batch, result)
             # Seeding is not captured, but capturing may have drawn from the generator.
             kernels.seed_dropout(seed, self._device)
         else:
@@ -146,10 +138,39 @@ class StepGraphs:
                 _copy(getattr(batch, name), getattr(inputs, name))
         graph = self._graphs[bucket]
         graph.replay()
-        return graph.result
+        if self._is_alone:
+            return graph.results[0]
+        loss, *gradients = graph.results
+        for parameter, gradient in zip(self._trained(), gradients, strict=True):
+            parameter.grad = gradient
+        return self._update(loss, self._rate)
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
 
     def _take(self, batch: PackedBatch) -> Tensor:
-        return self._take_step(iter([(batch, None)]), self._weight, self._rate)
+        loss = self._compute(iter([(batch, None)]), self._weight)
+        return self._update(loss, self._rate)
+
+    def _leave_gradients(self, batch: PackedBatch) -> list[Tensor]:
+        loss = self._compute(iter([(batch, None)]), self._weight)
+        return [loss, *(p.grad for p in self._trained() if p.grad is not None)]
+
+    def _try_to_capture(self, bucket: Bucket, batch: PackedBatch) -> bool:
+        """Captures a step with this batch; False, from then on, if that cannot be done here."""
+        try:
+            replay, results = self._capture(
+                lambda: [self._take(batch)] if self._is_alone else self._leave_gradients(batch)
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            logger.warning("CUDA graphs: off: a step cannot be captured here: %s", reason)
+            self._is_off = True
+            return False
+        self._graphs[bucket] = _Graph(replay, batch, results)
+        return True
 
 
 def _copy(values: Tensor, into: Tensor) -> None:
@@ -163,17 +184,19 @@ class Capture:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(
+        self, function: Callable[[], list[Tensor]]
+    ) -> tuple[Callable[[], None], list[Tensor]]:
         """Captures a function, which does not run.
 
         Returns:
-            What runs it, and the tensor that its result is in from then on.
+            What runs it, and the tensors that its results are in from then on.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
-            result = function()
+            results = function()
         self._pool = graph.pool()
-        return graph.replay, result
+        return graph.replay, results
 
 
 @contextmanager

@@ -146,9 +146,8 @@ def train(
     make_batch, norm_of = (pack, gradient_norm) if config.packing else (collate, _reference_norm)
     in_flight: InFlight[tuple[int, float, IntArray]] = InFlight(device)
 
-    def take_step(batches: Batches, weight: Tensor | float, rate: Tensor | float) -> Tensor:
+    def compute(batches: Batches, weight: Tensor | float) -> Tensor:
         optimizer.zero_grad()
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
         loss_sum = torch.zeros((), device=device)
         for batch, seed in batches:
             if seed is not None:
@@ -158,6 +157,10 @@ def train(
             share = token_loss(logits, batch.labels, "sum", smoothing, label_weights) / weight
             share.backward()  # type: ignore[no-untyped-call]
             loss_sum += share.detach()
+        return loss_sum
+
+    def update(loss_sum: Tensor, rate: Tensor | float) -> Tensor:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         sum_gradients(trained, ranks, loss_sum)
         norm = norm_of([parameter for parameter in trained if parameter.grad is not None])
         # Without waiting for the device, which must not take a bad step.
@@ -194,8 +197,8 @@ def train(
         side_stream(device),
     ):
         graphs = None
-        if why_no_graphs(config, model, ranks) is None:
-            graphs = StepGraphs(take_step, dataset, device)
+        if why_no_graphs(config, model) is None:
+            graphs = StepGraphs(compute, update, parameters, dataset, device, ranks)
         for step, micro_batches in schedule.steps_from(progress.step):
             if step == total_steps or progress.finished or progress.stopped:
                 break
@@ -203,10 +206,11 @@ def train(
             weight = row_weights[all_rows].sum().item() or 1  # of the whole step's labelled tokens
             rate = learning_rate_at(step, config.learning_rate, warmup_steps, total_steps)
             if graphs is None:
-                result = take_step(micro_batches_of(step, micro_batches), weight, rate)
+                result = update(compute(micro_batches_of(step, micro_batches), weight), rate)
             else:
-                seed = dropout_seed(config.seed, step, 0)
-                result = graphs.step(all_rows, seed, weight, rate)
+                (rows,) = schedule.share(micro_batches, ranks.rank)
+                seed = dropout_seed(config.seed, step, ranks.rank)
+                result = graphs.step(rows, seed, weight, rate)
             in_flight.launched(result, (step, rate, all_rows))
             land(progress.is_due_after(step + 1))
         land(True)

@@ -287,7 +287,7 @@ def announce(config: TrainConfig, parts: Parts, ranks: Ranks = ALONE) -> None:
     )
     logger.info("matrix products: %s", products_for(config, model.device))
     if kernels.is_queued(model.device):
-        reason = why_no_graphs(config, model, ranks)
+        reason = why_no_graphs(config, model)
         logger.info("CUDA graphs: %s", "on" if reason is None else f"off: {reason}")
     if weights := class_weights(parts.datasets["train"], config.class_weights):
         each = ", ".join(f"{label} {weight:.3g}" for label, weight in weights.items())

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bertner import graphs, kernels
 from bertner.batches import Schedule, pack
 from bertner.checkpoint import list_checkpoints
 from bertner.config import Reading, TrainConfig
@@ -33,6 +34,7 @@ from bertner.packing import Packing
 from bertner.readers import read_file
 from bertner.record import hash_tensors
 from bertner.tokenizer import Tokenizer
+from tests.capture import CaptureOnCpu
 from tests.conftest import REPOSITORY
 from tests.runs import Runner, outcome, write_inputs
 
@@ -108,10 +110,20 @@ def train_share(inputs: str, settings: Mapping[str, Any], result: str) -> None:
     with join("cpu") as ranks:
         done = train(model, rows, TrainConfig(**settings), watcher=losses, ranks=ranks)
         state = {**model.state_dict(), **done.state.optimizer}
-        torch.save(
-            {"losses": losses.values, "weights": model.state_dict(), "hash": hash_tensors(state)},
-            f"{result}-{ranks.rank}",
-        )
+        found = {
+            "losses": losses.values,
+            "weights": model.state_dict(),
+            "hash": hash_tensors(state),
+            "replays": CaptureOnCpu.replays,
+        }
+        torch.save(found, f"{result}-{ranks.rank}")
+
+
+def replay_share(inputs: str, settings: Mapping[str, Any], result: str) -> None:
+    """Trains as on CUDA devices: gradients are captured, what ranks exchange is not."""
+    kernels.QUEUED = ("cpu",)
+    graphs.Capture = CaptureOnCpu  # type: ignore[misc, assignment]
+    train_share(inputs, settings, result)
 
 
 def evaluate_share(inputs: str, readings: list[Mapping[str, Any]], result: str) -> None:
@@ -192,6 +204,30 @@ def test_several_ranks_train_what_one_does(
     assert ranks[0]["losses"] == pytest.approx(losses.values, rel=2e-6)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(ranks[0]["weights"][name], tensor, rtol=1e-4, atol=2e-5)
+
+
+def test_several_ranks_replay_what_one_computes(
+    runner: Runner, inputs: Path, tmp_path: Path
+) -> None:
+    # 24 rows: in each second step one is left, and two ranks have none.
+    settings = {
+        "max_steps": 24,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 23,
+        "dropout_by_row": False,  # without dropout, which the CPU draws otherwise
+    }
+    found = share(runner, 3, "replay_share", inputs, settings, tmp_path)
+    assert len({rank["hash"] for rank in found}) == 1
+    assert found[0]["replays"] >= 5
+    model, rows = load(inputs, dropout=False)
+    losses = Losses()
+    train(
+        model,
+        rows,
+        TrainConfig(**{**settings, "gradient_accumulation_steps": 3}),
+        watcher=losses,
+    )
+    assert found[0]["losses"] == pytest.approx(losses.values, rel=1e-5)
 
 
 READINGS: list[dict[str, Any]] = [

@@ -34,7 +34,6 @@ from bertner.attention import attention_jagged, attention_packed
 from bertner.batches import LONGEST_DUMMY, Bucket, bucket_of, pack
 from bertner.config import BertConfig, Reading, TrainConfig
 from bertner.data import TokenDataset, labels_for, tokenize
-from bertner.distributed import ALONE, Ranks
 from bertner.errors import NotFiniteError, UsageError
 from bertner.graphs import why_no_graphs
 from bertner.loop import Evaluation, StepReport, TrainState, train
@@ -44,6 +43,7 @@ from bertner.packing import JaggedPacking, Packing
 from bertner.readers import read_file
 from bertner.record import hash_tensors
 from bertner.tokenizer import Tokenizer
+from tests.capture import CaptureOnCpu
 from tests.conftest import (
     REPOSITORY,
     SHARED_DATA,
@@ -89,30 +89,13 @@ def dropping(tmp_path_factory: pytest.TempPathFactory) -> tuple[BertForNER, Toke
     return load(tmp_path_factory.mktemp("parts") / "parts", 0.1)
 
 
-class Capture:
-    """In place of a CUDA graph: a replay calls the function again."""
-
-    buckets: list[int] = []  # noqa: RUF012
-    replays = 0
-
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        result = torch.zeros(2)
-        type(self).buckets.append(0)
-
-        def replay() -> None:
-            type(self).replays += 1
-            result.copy_(function())
-
-        return replay, result
-
-
 @pytest.fixture
 def queued(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the CPU for a CUDA device."""
     monkeypatch.setattr(kernels, "QUEUED", ("cuda", "cpu"))
-    monkeypatch.setattr(graphs, "Capture", Capture)
-    monkeypatch.setattr(Capture, "buckets", [])
-    monkeypatch.setattr(Capture, "replays", 0)
+    monkeypatch.setattr(graphs, "Capture", CaptureOnCpu)
+    monkeypatch.setattr(CaptureOnCpu, "captured", 0)
+    monkeypatch.setattr(CaptureOnCpu, "replays", 0)
 
 
 @dataclass
@@ -315,8 +298,8 @@ def test_a_step_is_captured_once_for_each_bucket(
     )
     often = [bucket for bucket, count in buckets.items() if count > 2]
     assert len(often) >= 1
-    assert len(often) <= len(Capture.buckets) <= len(buckets)
-    assert Capture.replays >= 20
+    assert len(often) <= CaptureOnCpu.captured <= len(buckets)
+    assert CaptureOnCpu.replays >= 20
     # Every step has dropout of its own, by its seed alone.
     assert set(seeds) == {loop.dropout_seed(42, step, 0) for step in range(30)}
     again, same = run(dropping, max_steps=30)
@@ -332,8 +315,8 @@ def test_a_step_that_cannot_be_captured_is_taken_all_the_same(
 ) -> None:
     captured, weights = run(dropping)
 
-    class Unable(Capture):
-        def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    class Unable(CaptureOnCpu):
+        def __call__(self, function: Callable[[], list[Tensor]]) -> Any:
             torch.rand(3)  # as a capture may
             raise RuntimeError("operation not permitted when stream is capturing\nmore of that")
 
@@ -409,7 +392,7 @@ def test_a_run_of_a_cpu_goes_on_on_a_card(
     twin, state = copy.deepcopy(model), copy.deepcopy(stopped.state)
     expected = train(twin, parts[1], config, state=state)
     monkeypatch.setattr(kernels, "QUEUED", ("cpu",))
-    monkeypatch.setattr(graphs, "Capture", Capture)
+    monkeypatch.setattr(graphs, "Capture", CaptureOnCpu)
     found = train(model, parts[1], config, state=stopped.state)
     assert f"{name}.rows" not in found.state.optimizer
     whole = found.state.optimizer[f"{name}.exp_avg"]
@@ -525,12 +508,12 @@ def test_nothing_in_a_step_waits_for_the_device(
     meta(backend)
     modes: list[NothingWaits] = []
 
-    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def capture(function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         modes.append(NothingWaits())
         with modes[-1]:
-            result = function()
-        assert result.shape == (2,)
-        return (lambda: None), result
+            results = function()
+        assert [result.shape for result in results] == [(2,)]
+        return (lambda: None), results
 
     class Landed(progress.InFlight[Any]):
         def launched(self, result: Tensor, facts: Any) -> None:
@@ -562,19 +545,19 @@ def test_a_step_that_waits_is_found_out(meta: Callable[[SDPBackend], None]) -> N
 
 def test_when_steps_are_not_captured(parts: tuple[BertForNER, TokenDataset], queued: None) -> None:
     model = parts[0]
-    assert why_no_graphs(TrainConfig(), model, ALONE) is None
-    for settings, ranks, reason in [
-        ({"cuda_graphs": False}, ALONE, "as asked"),
-        ({"packing": False}, ALONE, "padded"),
-        ({"gradient_accumulation_steps": 2}, ALONE, "several micro-batches"),
-        ({}, Ranks(0, 2, 0), "several ranks"),
+    assert why_no_graphs(TrainConfig(), model) is None
+    settings: dict[str, Any]
+    for settings, reason in [
+        ({"cuda_graphs": False}, "as asked"),
+        ({"packing": False}, "padded"),
+        ({"gradient_accumulation_steps": 2}, "several micro-batches"),
     ]:
-        assert reason in str(why_no_graphs(TrainConfig(**settings), model, ranks))
+        assert reason in str(why_no_graphs(TrainConfig(**settings), model))
     short = BertForNER(BertConfig(hidden_size=12, max_position_embeddings=60, num_hidden_layers=1))
-    assert "positions" in str(why_no_graphs(TrainConfig(), short, ALONE))
+    assert "positions" in str(why_no_graphs(TrainConfig(), short))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "QUEUED", ("cuda",))
-        assert why_no_graphs(TrainConfig(), model, ALONE) == "there are none for cpu"
+        assert why_no_graphs(TrainConfig(), model) == "there are none for cpu"
     with pytest.raises(UsageError, match="on a CPU, not on meta"):
         train(copy.deepcopy(model).to("meta"), parts[1], TrainConfig(dropout_by_row=True))
 
@@ -635,7 +618,7 @@ def test_graphs_share_a_pool_and_are_captured_in_the_stream_of_the_loop(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream")
     capture = graphs.Capture()
     for _ in range(2):
-        replay, result = capture(lambda: torch.ones(2))
+        replay, (result,) = capture(lambda: [torch.ones(2)])
         assert result.tolist() == [1, 1]
         replay()
     replayed = ("replay", None)
