@@ -18,7 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bertner.errors import BertnerError, PeerError, StorageError, UsageError
+from bertner.errors import (
+    BertnerError,
+    NotFiniteError,
+    PeerError,
+    RunStoppedError,
+    StorageError,
+    UsageError,
+)
 
 T = TypeVar("T")
 
@@ -155,7 +162,11 @@ class Ranks:
                 result = work()
             except (BertnerError, OSError) as raised:
                 error = raised
-            self.gather({"done": True, "error": _report(error)})
+            try:
+                self.gather({"done": True, "error": _report(error)})
+            except PeerError:
+                if error is None:  # what is done is done; who needs the others next will see
+                    return result
             if error is not None:
                 raise error
             return result
@@ -174,7 +185,7 @@ class Ranks:
         self.gather({"done": False})
 
     def _raise_any(self, reports: Sequence[Any], own: BertnerError | OSError | None) -> None:
-        """Raises the error of the lowest rank that reports one."""
+        """Raises the error of the lowest rank that reports one; the first rank tells of it."""
         for rank, report in enumerate(reports):
             if report is not None:
                 if self.is_first and rank == 0 and own is not None:
@@ -182,19 +193,21 @@ class Ranks:
                 message = report["message"]
                 error = BertnerError(f"rank {rank}: {message}" if rank else message)
                 error.exit_code = report["exit_code"]
+                error.is_told_elsewhere = not self.is_first
                 raise error
 
     @contextmanager
     def _reaching_all(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ConnectionError) as error:
+            # PyTorch has a class for it on CUDA devices alone.
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
             reason = str(error).strip().split("\n", 1)[0]
             raise PeerError(
                 f"rank {self.rank} of {self.world_size} has lost another one: {reason:.200}\n"
-                "Nothing was saved since; the same command carries on from the last checkpoint."
+                "The same command carries on from the last checkpoint."
             ) from None
 
 
@@ -239,6 +252,13 @@ def join(device: str = "auto", backend: str = "auto", timeout: int = 1800) -> It
     ranks = Ranks(*(int(values[name]) for name in numbers))
     if not dist.is_available():
         raise UsageError("this build of PyTorch cannot train in several processes")
+    others: dict[str, Callable[[], bool]] = {
+        "xpu": torch.xpu.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    for kind, is_there in others.items():
+        if device == kind or (device == "auto" and not torch.cuda.is_available() and is_there()):
+            raise UsageError(f"several processes cannot train on {kind}; give --device cpu")
     index = _cuda_index(device, ranks)
     if index is not None:
         num_cards = torch.cuda.device_count()
@@ -274,9 +294,8 @@ def join(device: str = "auto", backend: str = "auto", timeout: int = 1800) -> It
         ) from None
     try:
         yield ranks
-    except BertnerError as error:
-        # What one has found out alone has been told to all, see `together`.
-        error.is_told_elsewhere = not ranks.is_first and not isinstance(error, PeerError)
+    except (NotFiniteError, RunStoppedError) as error:  # which all ranks find at the same step
+        error.is_told_elsewhere = not ranks.is_first
         raise
     # Not after an error: others may be gone, and this would wait for them.
     dist.destroy_process_group()

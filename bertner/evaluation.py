@@ -103,7 +103,7 @@ def evaluate(
         packing: Compute real tokens only; else pad rows, as the Trainer does.
         batch_tokens: Most tokens in a packed batch.
         matmul: See `TrainConfig.matmul`; for packed rows.
-        on_batch: Is told the number of rows of each batch done; of this rank's, if there are more.
+        on_batch: Is told the number of rows of each batch done, or about those of all ranks.
         should_stop: Is asked after each batch.
         ranks: Several share the batches, and each has all results: those of one, to the bit.
 
@@ -120,7 +120,7 @@ def evaluate(
         if packing
         else padded_by_length(dataset, batch_size, device, ranks)
     )
-    stopped = False
+    stopped, num_left = False, len(dataset)
     try:
         with kernels.hot_path(matmul, device, dtype) if packing else nullcontext():
             for batch in batches:
@@ -130,11 +130,16 @@ def evaluate(
                 decider.add(batch, logits)
                 losses[batch.token_index] = loss[batch.is_own].cpu().numpy()
                 if on_batch is not None:
-                    on_batch(len(batch.rows))
+                    # The other ranks do about as many rows meanwhile.
+                    num_done = min(len(batch.rows) * ranks.world_size, num_left)
+                    num_left -= num_done
+                    on_batch(num_done)
                 if stopped := should_stop():
                     break
     finally:
         model.train(was_training)
+    if on_batch is not None and num_left and not stopped:
+        on_batch(num_left)
     if ranks.any(stopped):
         raise Stopped
     ranks.sum([torch.from_numpy(losses)])

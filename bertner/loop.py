@@ -147,6 +147,7 @@ def train(
     in_flight: InFlight[tuple[int, float, IntArray]] = InFlight(device)
 
     def compute(batches: Batches, weight: Tensor | float) -> Tensor:
+        """Forward and backward: this rank's gradients, and its part of the step's loss."""
         optimizer.zero_grad()
         loss_sum = torch.zeros((), device=device)
         for batch, seed in batches:
@@ -160,6 +161,7 @@ def train(
         return loss_sum
 
     def update(loss_sum: Tensor, rate: Tensor | float) -> Tensor:
+        """The sums over all ranks, and the step; loss and gradient norm, (2,)."""
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         sum_gradients(trained, ranks, loss_sum)
         norm = norm_of([parameter for parameter in trained if parameter.grad is not None])
@@ -173,6 +175,7 @@ def train(
         return torch.stack([loss_sum, norm])
 
     def micro_batches_of(step: int, micro_batches: Sequence[IntArray]) -> Batches:
+        """This rank's micro-batches of a step, each with the seed of its dropout."""
         for k, rows in enumerate(schedule.share(micro_batches, ranks.rank)):
             if len(rows) == 0:
                 continue  # fewer are left at the end of an epoch than there are ranks
@@ -184,6 +187,7 @@ def train(
             yield batch, dropout_seed(config.seed, step, number)
 
     def land(wait: bool) -> None:
+        """Sees to the steps whose results are there."""
         for (loss, norm), (step, rate, rows) in in_flight.landed(wait):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise _not_finite(step, loss, norm, dataset, rows)

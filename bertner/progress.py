@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -212,6 +211,7 @@ class Progress:
         self.save = save
         self.should_stop = should_stop
         self.ranks = ranks
+        self.saves = ranks.any(save is not None)
         self.step = 0
         self.losses = 0.0
         self.tokens = 0
@@ -318,12 +318,16 @@ class Progress:
                 save_due = self._due(config.save_strategy, config.save_steps)
                 if config.load_best_model_at_end and self.best_step == self.step:
                     save_due = True  # what will be loaded at the end must be on disk
-                if self.save is not None and save_due:
+                if self.saves and save_due:
                     self._check_finite()
-                    self.ranks.lead(partial(self.save, self.state()))
+                    self.ranks.lead(self._save)
         except Stopped:
             pass
         self.stopped = self._asked_to_stop()
+
+    def _save(self) -> None:
+        if self.save is not None:
+            self.save(self.state())
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank is asked to: they do the same steps, and stop after the same one."""

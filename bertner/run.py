@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from bertner import kernels
 from bertner.card import RunFacts, early_stop, model_card
 from bertner.checkpoint import (
@@ -31,7 +33,7 @@ from bertner.checkpoint import (
 from bertner.config import TrainConfig
 from bertner.data_check import check_data
 from bertner.distributed import Ranks, join
-from bertner.errors import BertnerError, CheckpointError, DataError, RunStoppedError
+from bertner.errors import BertnerError, CheckpointError, DataError, RunStoppedError, UsageError
 from bertner.evaluation import Evaluation, Stopped, evaluate
 from bertner.files import write_json, write_text
 from bertner.findings import format_check
@@ -116,9 +118,8 @@ def open_run(
     Returns:
         The parts with their first weights, where to begin, and the contents of run.json.
     """
-    if config.report_to == "tensorboard":
-        check_tensorboard()
-    output_dir, device = Path(config.output_dir), find_device(config.device)
+    output_dir = Path(config.output_dir)
+    device = ranks.together(partial(_check_machine, config, ranks))
 
     def find() -> Start:
         stack.enter_context(lock_output_dir(output_dir))
@@ -128,31 +129,54 @@ def open_run(
     stack.enter_context(on_device)
     start = ranks.lead(find) or Start()
     machine = machine_facts(device, ranks)
+    if " + " in f"{machine['processor']}{machine['instructions']}":
+        logger.warning(
+            "the processes have unlike processors: their weights may drift apart in the last bits"
+        )
     stack.enter_context(keep_choices(start, config, device, machine))
     # All multiply as the first does, whose choice is recorded.
-    products = ranks.share(products_for(config, device))
+    products = ranks.share(ranks.together(partial(products_for, config, device)))
     matmul = config.matmul if config.packing else "default"
     stack.enter_context(kernels.keep_products(matmul, device, config.dtype, products))
     commit = ranks.share(start.commit_of(config))
     if parts is None:
         parts = ranks.in_turn(partial(build_parts, config, commit))
     else:
-        parts = parts.with_first_weights(config)
+        parts = ranks.together(partial(parts.with_first_weights, config))
     record = run_record(config, recipe, parts, machine)
     ranks.together(partial(_check_same, ranks.share(record), record))
     settled = ranks.lead(partial(settle_start, start, config, record)) or start
     return parts, Start(finished=True) if ranks.share(settled.finished) else settled, record
 
 
+def _check_machine(config: TrainConfig, ranks: Ranks) -> torch.device:
+    """Finds the device, and what cannot be had here."""
+    if config.report_to == "tensorboard":
+        check_tensorboard()
+    if ranks.world_size > 1:
+        for path in (config.train_file, config.validation_file, config.test_file):
+            if path is not None and Path(path).exists() and not Path(path).is_file():
+                raise UsageError(f"{path} is no file: several processes cannot all read it")
+    return find_device(config.device)
+
+
 def _check_same(first: Mapping[str, Any], record: dict[str, Any]) -> None:
     """Lets no rank train on something else than the first one."""
-    settings = [{**each["config"], **dict.fromkeys(_OWN)} for each in (first, record)]
-    found = [name for name, value in settings[0].items() if settings[1].get(name) != value]
-    if found or (found := [*filter(None, [str(differences(first, record))])]):
+    found = _names_that_differ(first["config"], record["config"], _OWN)
+    found += _names_that_differ(first["model"], record["model"], ("name", "folder", "commit"))
+    if other := str(differences(first, record)):
+        found.append(other)
+    if found:
         raise DataError(
-            f"does not train what rank 0 does: {', '.join(found)}\n"
+            f"does not train what rank 0 does: {', '.join(dict.fromkeys(found))}\n"
             "Make flags, data, model and versions the same for all ranks."
         )
+
+
+def _names_that_differ(
+    first: Mapping[str, Any], other: Mapping[str, Any], free: Sequence[str]
+) -> list[str]:
+    return [name for name in first if name not in free and first[name] != other.get(name)]
 
 
 # Settings that each rank may have for itself: where things lie, and what the first alone does.
@@ -352,6 +376,7 @@ class _Run:
             verify_checkpoint(folder)
             return folder
 
+        self.stop.is_leaving = self.ranks.world_size > 1
         folder = self.ranks.lead(keep)
         names = filter(None, self.ranks.gather(self.stop.name))
         raise RunStoppedError(

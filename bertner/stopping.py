@@ -20,10 +20,13 @@ class StopSignals:
 
     Attributes:
         name: Of the signal that has come; None before.
+        is_leaving: Set it to pay no heed to signals any more, also once this is closed: torchrun
+            sends one to all processes as soon as one has ended.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.is_leaving = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
@@ -44,9 +47,11 @@ class StopSignals:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.is_leaving else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.is_leaving:
+            return
         if self.name is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

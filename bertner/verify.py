@@ -20,7 +20,7 @@ from bertner.loop import train
 from bertner.output_dir import list_seeds
 from bertner.parts import Parts, build_parts, find_device
 from bertner.progress import StepReport, TrainState
-from bertner.record import differences, machine_facts, run_record
+from bertner.record import differences, machine_facts, part_of, run_record
 from bertner.report import progress_bar, say
 from bertner.resume import Start, keep_choices, load_weights, naming, record_of, state_of
 
@@ -56,7 +56,10 @@ def run_verification(directory: str) -> None:
                 damaged.append(folder.name)
                 logger.error("%s", error)
     pairs = [pair for pair in pairwise(sound) if not _changed_between(*pair)]
-    if pairs:
+    world_size = part_of(record_of(sound[-1]), "machine").get("world_size", 1) if sound else 1
+    if world_size != 1:
+        say("A run of several processes: its steps are not done again.")
+    elif pairs:
         _replay(*min(pairs, key=lambda pair: pair[1].step - pair[0].step))
     else:
         say("No two checkpoints of one unchanged run: there are no steps to do again.")
