@@ -20,14 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.common import Parts, arguments, interleave, load, ratios
+from benchmarks.common import Parts, arguments, interleave, load, ratios, take_rows
 from benchmarks.common import spread as spread_of
 from benchmarks.machine import write_result
 from bertner.batches import epoch_order
@@ -132,23 +131,7 @@ def first_batches(dataset: TokenDataset, num_steps: int, with_largest: bool) -> 
     wanted = batches[:num_steps].copy()
     if with_largest:
         wanted[num_steps // 2] = batches[dataset.row_lengths[batches].max(1).argmax()]
-    rows = np.empty(wanted.size, dtype=np.int64)
-    rows[epoch_order(wanted.size, 42, 0)] = wanted.ravel()
-    starts = dataset.rows.starts
-    tokens = np.concatenate([np.arange(*starts[row : row + 2]) for row in rows])
-    return replace(
-        dataset,
-        input_ids=dataset.input_ids[tokens],
-        word_ids=dataset.word_ids[tokens],
-        labels=dataset.labels[tokens],
-        rows=replace(
-            dataset.rows,
-            starts=np.append(0, np.cumsum(np.diff(starts)[rows])),
-            before=dataset.rows.before[rows],
-            after=dataset.rows.after[rows],
-            sentences=dataset.rows.sentences[rows],
-        ),
-    )
+    return take_rows(dataset, wanted.ravel())
 
 
 def peak_of(side: str, name: str, data: Path, with_largest: bool) -> float:

@@ -6,12 +6,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from bertner.batches import epoch_order
 from bertner.config import BertConfig
 from bertner.data import TokenDataset, labels_for, tokenize
 from bertner.hub import find_model
@@ -61,6 +63,33 @@ def load(name: str, data: Path, max_sentences: int | None = None) -> Parts:
         corpora = [corpus.head(max_sentences) for corpus in corpora]
     train, validation = (tokenize(corpus, tokenizer, label_set) for corpus in corpora)
     return Parts(model, tokenizer, train, validation)
+
+
+def take_rows(dataset: TokenDataset, rows: Any) -> TokenDataset:
+    """Rows as a dataset of their own, whose first epoch visits them in just this order.
+
+    Args:
+        dataset: The whole.
+        rows: Which of them; one may be there several times.
+    """
+    rows = np.asarray(rows)
+    placed = np.empty_like(rows)
+    placed[epoch_order(len(rows), 42, 0)] = rows
+    starts = dataset.rows.starts
+    tokens = np.concatenate([np.arange(*starts[row : row + 2]) for row in placed])
+    return replace(
+        dataset,
+        input_ids=dataset.input_ids[tokens],
+        word_ids=dataset.word_ids[tokens],
+        labels=dataset.labels[tokens],
+        rows=replace(
+            dataset.rows,
+            starts=np.append(0, np.cumsum(np.diff(starts)[placed])),
+            before=dataset.rows.before[placed],
+            after=dataset.rows.after[placed],
+            sentences=dataset.rows.sentences[placed],
+        ),
+    )
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bench_training import Clock
-from benchmarks.common import Parts
+from benchmarks.common import Parts, take_rows
 from bertner import graphs, kernels
 from bertner.batches import Bucket, bucket_of, collate, epoch_order, pack, packed_by_length
 from bertner.config import BertConfig, TrainConfig
@@ -141,33 +141,6 @@ def counting_graphs() -> Iterator[type[CountedCapture]]:
 def weights_of(model: BertForNER) -> dict[str, Tensor]:
     """The weights, on the host."""
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-
-def take_rows(dataset: TokenDataset, rows: Any) -> TokenDataset:
-    """Rows as a dataset of their own, whose first epoch visits them in just this order.
-
-    Args:
-        dataset: The whole.
-        rows: Which of them; one may be there several times.
-    """
-    rows = np.asarray(rows)
-    placed = np.empty_like(rows)
-    placed[epoch_order(len(rows), SEED, 0)] = rows
-    starts = dataset.rows.starts
-    tokens = np.concatenate([np.arange(*starts[row : row + 2]) for row in placed])
-    return replace(
-        dataset,
-        input_ids=dataset.input_ids[tokens],
-        word_ids=dataset.word_ids[tokens],
-        labels=dataset.labels[tokens],
-        rows=replace(
-            dataset.rows,
-            starts=np.append(0, np.cumsum(np.diff(starts)[placed])),
-            before=dataset.rows.before[placed],
-            after=dataset.rows.after[placed],
-            sentences=dataset.rows.sentences[placed],
-        ),
-    )
 
 
 def repeated_batches(
